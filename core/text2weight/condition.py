@@ -1,0 +1,137 @@
+"""From class names to what the denoiser is conditioned on.
+
+Letters: B requests, K classes (padded to the largest request), D embedding size.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from text2weight.errors import InvalidInputError
+
+MIN_CLASSES = 2
+MAX_CLASSES = 256
+MAX_NAME_LENGTH = 200
+
+
+def plain_name(name: str) -> str:
+    """Compose a name (NFC), turn underscores into spaces and runs of white space into one space."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
+
+
+def normalise_class_names(
+    names: Sequence[str], *, minimum: int = MIN_CLASSES, maximum: int = MAX_CLASSES
+) -> tuple[str, ...]:
+    """Bring class names into the one form that prompts, caches and tables use.
+
+    Unicode is composed (NFC), underscores become spaces, runs of white space become one space.
+
+    Raises:
+        InvalidInputError: field "classes"; too few or too many names, or a name that is not text, is
+            empty, too long, holds control characters, or repeats another one (ignoring case).
+    """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise InvalidInputError("classes", "classes must be a list of names")
+    if not minimum <= len(names) <= maximum:
+        raise InvalidInputError("classes", f"{len(names)} class names given: allowed are {minimum} to {maximum}")
+    normalised = tuple(_normalise_name(i, name) for i, name in enumerate(names))
+    first_seen: dict[str, int] = {}
+    for i, name in enumerate(normalised):
+        earlier = first_seen.setdefault(name.casefold(), i)
+        if earlier != i:
+            message = f"classes[{i}] {name!r} repeats classes[{earlier}]: name each class once"
+            raise InvalidInputError("classes", message)
+    return normalised
+
+
+def _normalise_name(index: int, name: str) -> str:
+    if not isinstance(name, str):
+        raise InvalidInputError("classes", f"classes[{index}] is a {type(name).__name__}: names must be strings")
+    if len(name) > MAX_NAME_LENGTH:
+        raise InvalidInputError(
+            "classes", f"classes[{index}] has {len(name)} characters: at most {MAX_NAME_LENGTH} are allowed"
+        )
+    # Tabs and line ends count as white space below; surrogates cannot be encoded and are refused too.
+    if any(unicodedata.category(char) in {"Cc", "Cs"} and not char.isspace() for char in name):
+        raise InvalidInputError("classes", f"classes[{index}] holds control characters: remove them")
+    words = plain_name(name)
+    # Format characters (zero-width space, direction marks) are part of many names, but no name by themselves.
+    if all(char == " " or unicodedata.category(char) == "Cf" for char in words):
+        raise InvalidInputError("classes", f"classes[{index}] is empty: give it a name")
+    return words
+
+
+def union_of_tasks(tasks: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Class names of several tasks, each once, in order of first appearance (ignoring case)."""
+    merged: dict[str, str] = {}
+    for task in tasks:
+        for name in task:
+            merged.setdefault(name.casefold(), name)
+    return tuple(merged.values())
+
+
+def prior_attention(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Pool class embeddings by their closeness to their own mean (T2W's prior attention).
+
+    mu = mean of the embeddings, w = softmax(cos(e_i, mu)), pooled = sum w_i e_i.
+
+    Args:
+        embeddings: (B, K, D), L2-normalised.
+        mask: (B, K) bool, False marks padding.
+
+    Returns:
+        (B, D).
+    """
+    present = mask.unsqueeze(-1).to(embeddings.dtype)  # (B, K, 1)
+    mean = (embeddings * present).sum(1) / present.sum(1)  # (B, D)
+    similarity = F.cosine_similarity(embeddings, mean.unsqueeze(1), dim=-1)  # (B, K)
+    weights = similarity.masked_fill(~mask, float("-inf")).softmax(-1)  # (B, K)
+    return torch.einsum("bk,bkd->bd", weights, embeddings)  # (B, D)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A padded batch of conditions: a pooled vector, a set of tokens, and how many tokens there are.
+
+    Attributes:
+        pooled: (B, D).
+        tokens: (B, K, D), one per class.
+        mask: (B, K) bool, False marks padding.
+    """
+
+    pooled: Tensor
+    tokens: Tensor
+    mask: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """(B,) number of classes of each item."""
+        return self.mask.sum(1)
+
+    def to(self, device: torch.device | str) -> Condition:
+        """Copy to a device."""
+        return Condition(self.pooled.to(device), self.tokens.to(device), self.mask.to(device))
+
+    def select(self, index: Tensor) -> Condition:
+        """The items at `index` (b,)."""
+        return Condition(self.pooled[index], self.tokens[index], self.mask[index])
+
+
+def condition_on_classes(embeddings: Tensor, mask: Tensor) -> Condition:
+    """Build the condition from padded class embeddings (B, K, D) and their mask (B, K)."""
+    return Condition(prior_attention(embeddings, mask), embeddings * mask.unsqueeze(-1), mask)
+
+
+def pad_embeddings(embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack class embeddings (K_i, D) of several requests into (B, K, D) and a mask (B, K)."""
+    longest = max(len(rows) for rows in embeddings)
+    padded = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows in embeddings])  # (B, K, D)
+    counts = torch.tensor([len(rows) for rows in embeddings], device=padded.device)
+    mask = torch.arange(longest, device=padded.device) < counts[:, None]  # (B, K)
+    return padded, mask

@@ -1,0 +1,230 @@
+"""From class names to head artifacts: read this file first, it calls every stage in order.
+
+    class names --text_encoder--> embeddings (K, D) --condition--> pooled vector and class tokens
+        --samplers, denoiser--> standardised weights (P) --weight_space--> flat weights --head, artifact--> bytes
+
+Letters: B requests, K classes, D embedding size, P numbers in one head.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from text2weight.artifact import FORMAT, HeadArtifact
+from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
+from text2weight.condition import Condition, condition_on_classes, normalise_class_names, pad_embeddings
+from text2weight.errors import CheckpointError, InvalidInputError
+from text2weight.samplers import check_sampler, make_plan, take_steps
+from text2weight.text_encoder import TextEncoder, load_text_encoder
+
+MAX_SEED = 2**63 - 1
+DEFAULT_STEPS = 20  # of a sampler that the checkpoint names no step count for
+
+
+@cache
+def created_by() -> str:
+    """Program and version, as written into every file."""
+    try:
+        return f"text2weight {version('text2weight')}"
+    except PackageNotFoundError:
+        return "text2weight"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One head to generate.
+
+    Attributes:
+        classes: normalised class names.
+        embeddings: (K, D) L2-normalised text embeddings of the classes' prompts, in the same order.
+        seed: 0..2**63 - 1; equal requests give equal heads.
+        steps: number of denoiser calls.
+        sampler: one of `samplers.SAMPLERS`.
+    """
+
+    classes: tuple[str, ...]
+    embeddings: Tensor
+    seed: int = 0
+    steps: int = 1
+    sampler: str = "mean"
+
+
+class Generator:
+    """A loaded checkpoint and its text encoder; safe to share between threads."""
+
+    def __init__(self, checkpoint: Checkpoint, text_encoder: TextEncoder, device: str = "cpu") -> None:
+        """Put a checkpoint on a device.
+
+        Raises:
+            CheckpointError: the text encoder is not the one the checkpoint was trained with.
+        """
+        self.config: CheckpointConfig = checkpoint.config
+        self.checkpoint_hash = checkpoint.config.sha256
+        self.text_encoder = text_encoder
+        self.device = device
+        self.path = checkpoint.path
+        self._denoiser = checkpoint.denoiser.to(device).requires_grad_(False)
+        self._space = checkpoint.space.to(device)
+        self._lock = threading.Lock()
+        expected = checkpoint.config.text_encoder
+        if expected.fingerprint and expected.fingerprint != text_encoder.fingerprint:
+            raise CheckpointError(
+                f"text encoder {text_encoder.name} is not the {expected.name} that {checkpoint.path} was trained with"
+            )
+        if text_encoder.embedding_dim != checkpoint.config.denoiser.embedding_dim:
+            raise CheckpointError(
+                f"text encoder {text_encoder.name} gives {text_encoder.embedding_dim} numbers per text, "
+                f"the checkpoint takes {checkpoint.config.denoiser.embedding_dim}"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "cpu", text_encoder: TextEncoder | None = None) -> Generator:
+        """Load a checkpoint directory or "hf:owner/name@revision".
+
+        Args:
+            path: the checkpoint.
+            device: torch device for the denoiser and the text encoder.
+            text_encoder: used in place of the one the checkpoint names.
+
+        Raises:
+            CheckpointError: the checkpoint or its text encoder is missing, damaged or does not fit.
+        """
+        checkpoint = load_checkpoint(path)
+        if text_encoder is None:
+            source = checkpoint.config.text_encoder.source
+            if source == "dir:text_encoder":
+                source = f"dir:{checkpoint.path / 'text_encoder'}"
+            text_encoder = load_text_encoder(source, device)
+        return cls(checkpoint, text_encoder, device)
+
+    def generate(
+        self, classes: Sequence[str], *, seed: int = 0, steps: int | None = None, sampler: str | None = None
+    ) -> HeadArtifact:
+        """Generate a head for class names.
+
+        Args:
+            classes: names, at least 2.
+            seed: 0..2**63 - 1.
+            steps: denoiser calls; the checkpoint's default where not given.
+            sampler: likewise.
+
+        Raises:
+            InvalidInputError: `field` says which argument, the message what is allowed.
+        """
+        names = normalise_class_names(classes)
+        embeddings = self.text_encoder.encode(self.prompts(names))  # (K, D)
+        sampler, steps = self.resolve_sampling(sampler, steps)
+        return self.generate_batch([GenerationRequest(names, embeddings, seed, steps, sampler)])[0]
+
+    def prompts(self, classes: Sequence[str]) -> list[str]:
+        """Put class names into the checkpoint's prompt template."""
+        return [self.config.template.format(name) for name in classes]
+
+    def resolve_sampling(self, sampler: str | None, steps: int | None) -> tuple[str, int]:
+        """Fill in the checkpoint's sampler and steps where a caller gave none.
+
+        A step count without a sampler asks for DDIM where the default sampler makes only one call.
+        """
+        if sampler is None:
+            sampler = "ddim" if self.config.sampler == "mean" and steps not in (None, 1) else self.config.sampler
+        if steps is None:
+            many = min(DEFAULT_STEPS, self.config.schedule.num_timesteps)
+            steps = self.config.steps if sampler == self.config.sampler else (1 if sampler == "mean" else many)
+        return sampler, steps
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse a request that cannot be computed.
+
+        Raises:
+            InvalidInputError: `field` says which part, the message what is allowed.
+        """
+        if not 0 <= request.seed <= MAX_SEED:
+            raise InvalidInputError("seed", f"seed is {request.seed}: allowed are 0 to {MAX_SEED}")
+        check_sampler(request.sampler, request.steps, self.config.schedule.num_timesteps)
+        expected = (len(request.classes), self.config.denoiser.embedding_dim)
+        if tuple(request.embeddings.shape) != expected:
+            raise InvalidInputError("classes", f"embeddings are {tuple(request.embeddings.shape)}, expected {expected}")
+
+    def generate_batch(
+        self, requests: Sequence[GenerationRequest], *, on_step: Callable[[int], None] | None = None
+    ) -> list[HeadArtifact]:
+        """Generate several heads in one reverse diffusion.
+
+        Requests may differ in everything; one with fewer steps leaves the batch when it is done.
+
+        Args:
+            requests: at least one.
+            on_step: called with the number of finished denoiser calls after each.
+
+        Raises:
+            InvalidInputError: see `check`.
+        """
+        for request in requests:
+            self.check(request)
+        padded, mask = pad_embeddings([request.embeddings.float() for request in requests])  # (B, K, D), (B, K)
+        condition = condition_on_classes(padded, mask).to(self.device)
+        with self._lock, torch.inference_mode():
+            standardised = self._sample(requests, condition, on_step)  # (B, P)
+            weights = self._space.restore(standardised).cpu()  # (B, P)
+        return [self._to_artifact(request, row) for request, row in zip(requests, weights, strict=True)]
+
+    def _sample(
+        self, requests: Sequence[GenerationRequest], condition: Condition, on_step: Callable[[int], None] | None
+    ) -> Tensor:
+        """Run every request's sampler from noise to an estimate, (B, P) in the standardised space."""
+        schedule, prediction = self.config.schedule, self.config.prediction
+        plans = [make_plan(request.sampler, request.steps, schedule) for request in requests]
+        sources = [torch.Generator().manual_seed(request.seed) for request in requests]
+        noisy = torch.stack([self._noise(source) for source in sources]).to(self.device)  # (B, P)
+        previous = torch.zeros_like(noisy)  # (B, P) the last estimates, for multistep samplers
+        for call in range(max(len(plan) for plan in plans)):
+            active = [i for i, plan in enumerate(plans) if call < len(plan)]
+            index = torch.tensor(active, device=self.device)
+            steps = [plans[i][call] for i in active]
+            timesteps = torch.tensor([step.timestep for step in steps], device=self.device)  # (b,)
+            output = self._denoiser(noisy[index], timesteps, condition.select(index))  # (b, P)
+            clean = schedule.to_clean(prediction, output, noisy[index], timesteps)  # (b, P)
+            draws = torch.stack(
+                [
+                    self._noise(sources[i]) if step.noise else torch.zeros(noisy.shape[1])
+                    for i, step in zip(active, steps, strict=True)
+                ]
+            )
+            noisy[index] = take_steps(steps, noisy[index], clean, previous[index], draws.to(self.device))
+            previous[index] = clean
+            if on_step is not None:
+                on_step(call + 1)
+        return noisy
+
+    def _noise(self, source: torch.Generator) -> Tensor:
+        # Drawn on the CPU, one generator per request: the same numbers on every device and in any batch.
+        return torch.randn(self.config.head.num_parameters, generator=source)  # (P,)
+
+    def _to_artifact(self, request: GenerationRequest, weights: Tensor) -> HeadArtifact:
+        tensors = {name: tensor.clone() for name, tensor in self.config.head.unflatten(weights).items()}
+        metadata = {
+            "format": FORMAT,
+            "classes": json.dumps(list(request.classes), ensure_ascii=False),
+            "template": self.config.template,
+            "logit_scale": repr(self.config.logit_scale),
+            "activation": self.config.head.activation,
+            "seed": str(request.seed),
+            "steps": str(request.steps),
+            "sampler": request.sampler,
+            "checkpoint": self.checkpoint_hash,
+            "text_encoder": self.text_encoder.name,
+            "backbone": str(self.config.backbone.get("name", "unknown")),
+            "created_by": created_by(),
+        }
+        # A copy: the request's embeddings may sit in a cache that other requests read.
+        embeddings = request.embeddings.to("cpu", torch.float32, copy=True)  # (K, D)
+        return HeadArtifact(tensors, embeddings, metadata)

@@ -1,0 +1,248 @@
+"""Texts to L2-normalised embeddings: open_clip text towers, and tables of precomputed vectors.
+
+Letters: n texts, D embedding size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from text2weight.condition import plain_name
+from text2weight.errors import CheckpointError, InvalidInputError
+
+ENCODE_BATCH = 256
+TEMPLATE_PATTERN = r"^[^{}]*\{\}[^{}]*$"
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Anything that turns texts into embeddings.
+
+    Attributes:
+        name: what a person calls it, for metadata.
+        fingerprint: identifies the exact weights, for caches and checks.
+        embedding_dim: D.
+    """
+
+    name: str
+    fingerprint: str
+    embedding_dim: int
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embed n texts: (n, D) fp32 on the CPU, each row of length 1."""
+        ...
+
+
+class OpenClipTextEncoder:
+    """The text tower of an open_clip model; its image tower is dropped after loading."""
+
+    def __init__(self, model: nn.Module, tokenizer: object, name: str, device: str) -> None:
+        model.visual = nn.Identity()
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._device = device
+        self.name = name
+        self.fingerprint = _fingerprint(model)
+        self.embedding_dim = int(self.encode(["a"]).shape[1])
+
+    @classmethod
+    def from_pretrained(cls, architecture: str, tag: str, device: str = "cpu") -> OpenClipTextEncoder:
+        """Load by open_clip's names, e.g. ("ViT-B-32", "openai"); downloads on first use.
+
+        Raises:
+            CheckpointError: unknown architecture or tag, or the weights cannot be had.
+        """
+        return cls._load(architecture, tag, f"open_clip:{architecture}/{tag}", device)
+
+    @classmethod
+    def from_directory(cls, path: str | Path, device: str = "cpu") -> OpenClipTextEncoder:
+        """Load a folder with open_clip_config.json and open_clip_model.safetensors.
+
+        Raises:
+            CheckpointError: the folder is missing, damaged or not such a folder.
+        """
+        # Weights in any other file would be unpickled; without any, open_clip goes on with random ones.
+        for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+            if not (Path(path) / name).is_file():
+                raise CheckpointError(f"text encoder folder {path} has no {name}")
+        return cls._load(f"local-dir:{path}", None, f"open_clip:{Path(path).name}", device)
+
+    @classmethod
+    def _load(cls, architecture: str, tag: str | None, name: str, device: str) -> OpenClipTextEncoder:
+        import open_clip
+
+        try:
+            model = open_clip.create_model(architecture, pretrained=tag, device="cpu", require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(architecture)
+        except Exception as error:  # open_clip raises many kinds, from its own to the hub's
+            raise CheckpointError(f"text encoder {name} cannot be loaded: {error}") from error
+        return cls(model, tokenizer, name, device)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Embed n texts: (n, D) fp32 on the CPU, each row of length 1."""
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), ENCODE_BATCH):
+                tokens = self._tokenizer(list(texts[start : start + ENCODE_BATCH]))  # type: ignore[operator]
+                rows.append(self._model.encode_text(tokens.to(self._device)).float().cpu())  # type: ignore[operator]
+        return F.normalize(torch.cat(rows), dim=-1)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Precomputed embeddings of names under one template.
+
+    Attributes:
+        template: prompt with one `{}` for the name, e.g. "a {}".
+        names: class names, in row order.
+        embeddings: (n, D) fp32, L2-normalised.
+        fingerprint: of the table as it lies in its file, since the last bits of normalised values differ
+            between machines; "" for one that was not read from a file.
+    """
+
+    template: str
+    names: tuple[str, ...]
+    embeddings: Tensor
+    fingerprint: str = ""
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Row of every name, by its `plain_name` without case and by that of its first synonym (before a comma)."""
+        index: dict[str, int] = {}
+        for row, name in enumerate(self.names):
+            index.setdefault(plain_name(name).casefold(), row)
+        for row, name in enumerate(self.names):
+            index.setdefault(plain_name(name.split(",")[0]).casefold(), row)
+        return index
+
+
+def read_embedding_table(source: str) -> EmbeddingTable:
+    """Read "FILE#TABLE"; the table's name may be left out where the file holds only one.
+
+    Raises:
+        CheckpointError: no such file or table, or its contents do not fit together.
+    """
+    path, _, table = source.partition("#")
+    try:
+        with safe_open(path, "pt") as file:
+            tables = sorted(file.keys())
+            if not table and len(tables) == 1:
+                table = tables[0]
+            if table not in tables:
+                raise CheckpointError(f"{path} has no table {table!r}: it holds {', '.join(tables)}")
+            description = json.loads((file.metadata() or {}).get(table, "{}"))
+            stored: Tensor = file.get_tensor(table)  # (n, D)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"embedding table {source} cannot be read: {error}") from error
+    names, template = _check_description(source, description)
+    embeddings = stored.float()  # (n, D)
+    if embeddings.ndim != 2 or len(names) != len(embeddings):
+        raise CheckpointError(f"embedding table {source} has {len(names)} names for a {tuple(embeddings.shape)} tensor")
+    if not bool((torch.isfinite(embeddings).all(1) & embeddings.any(1)).all()):
+        raise CheckpointError(f"embedding table {source} has rows that are zero or not finite")
+    return EmbeddingTable(template, names, F.normalize(embeddings, dim=-1), _table_fingerprint(template, names, stored))
+
+
+def _check_description(source: str, description: object) -> tuple[tuple[str, ...], str]:
+    names = description.get("names") if isinstance(description, dict) else None
+    template = description.get("template") if isinstance(description, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"embedding table {source} lacks its list of names in the file's metadata")
+    if not isinstance(template, str) or not re.fullmatch(TEMPLATE_PATTERN, template):
+        raise CheckpointError(f"embedding table {source} has template {template!r}: one {{}} must stand for the name")
+    return tuple(names), template
+
+
+def _table_fingerprint(template: str, names: Sequence[str], embeddings: Tensor) -> str:
+    digest = hashlib.sha256(json.dumps([template, names]).encode())
+    digest.update(_bytes_of(embeddings))
+    return digest.hexdigest()
+
+
+def write_embedding_tables(path: str | Path, tables: Mapping[str, EmbeddingTable]) -> None:
+    """Write tables to one safetensors file: a tensor each, names and template as JSON metadata."""
+    tensors = {name: table.embeddings.contiguous() for name, table in tables.items()}
+    metadata = {
+        name: json.dumps({"template": table.template, "names": list(table.names)}) for name, table in tables.items()
+    }
+    temporary = Path(f"{path}.tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+class TableTextEncoder:
+    """Embeddings looked up in a table, for use without any text model."""
+
+    def __init__(self, table: EmbeddingTable, name: str) -> None:
+        self._table = table
+        self._rows = {table.template.format(key): row for key, row in table.rows.items()}
+        self.name = name
+        self.embedding_dim = int(table.embeddings.shape[1])
+        self.fingerprint = table.fingerprint or _table_fingerprint(table.template, table.names, table.embeddings)
+
+    @classmethod
+    def from_file(cls, path: str | Path, table: str) -> TableTextEncoder:
+        """Read one table of a file.
+
+        Raises:
+            CheckpointError: see `read_embedding_table`.
+        """
+        return cls(read_embedding_table(f"{path}#{table}"), f"table:{table}")
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Look n prompts up: (n, D) fp32, each row of length 1.
+
+        Raises:
+            InvalidInputError: field "classes"; a prompt is not in the table.
+        """
+        missing = [text for text in texts if self._key(text) not in self._rows]
+        if missing:
+            raise InvalidInputError("classes", f"no embedding for {missing[:5]}: choose among the names of {self.name}")
+        return self._table.embeddings[[self._rows[self._key(text)] for text in texts]]
+
+    def _key(self, text: str) -> str:
+        prefix, _, suffix = self._table.template.partition("{}")
+        middle = text.removeprefix(prefix).removesuffix(suffix)
+        return self._table.template.format(plain_name(middle).casefold())
+
+
+def load_text_encoder(source: str, device: str = "cpu") -> TextEncoder:
+    """Load "open_clip:ARCH/TAG", "dir:PATH" or "table:FILE#TABLE".
+
+    Raises:
+        CheckpointError: another form, or it cannot be loaded.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "open_clip" and "/" in rest:
+        architecture, _, tag = rest.rpartition("/")
+        return OpenClipTextEncoder.from_pretrained(architecture, tag, device)
+    if kind == "dir":
+        return OpenClipTextEncoder.from_directory(rest, device)
+    if kind == "table":
+        path, _, table = rest.partition("#")
+        return TableTextEncoder.from_file(path, table)
+    raise CheckpointError(f"text encoder {source!r}: give open_clip:ARCH/TAG, dir:PATH or table:FILE#TABLE")

@@ -1,0 +1,26 @@
+"""Fixtures for every room."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# A shared machine may stall any single example; the whole test has a time limit of its own.
+settings.register_profile("text2weight", deadline=None, max_examples=50)
+settings.load_profile("text2weight")
+
+# Nothing here may reach a model hub, whatever a library would like to look up.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny checkpoint with random weights; read it, never write to it."""
+    from tests.tiny import save_tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    save_tiny_checkpoint(folder)
+    return folder
