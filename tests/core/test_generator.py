@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from tests.tiny import TINY_DIM, TINY_NAMES, TINY_SPEC, save_tiny_checkpoint, tiny_table
 from text2weight import GenerationRequest, Generator, HeadArtifact, read_head
-from text2weight.checkpoint import TextEncoderConfig
+from text2weight.checkpoint import TextEncoderConfig, load_checkpoint, save_checkpoint
+from text2weight.condition import condition_on_classes, pad_embeddings
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.generator import MAX_SEED
-from text2weight.samplers import SAMPLERS
+from text2weight.samplers import SAMPLERS, make_plan, take_steps
 from text2weight.text_encoder import EmbeddingTable, TableTextEncoder
 
 CLASSES = ("apple", "bus", "lizard", "maple tree")
@@ -68,6 +69,23 @@ def test_equal_requests_give_equal_bytes(generator: Generator, tiny_checkpoint: 
     assert generator.generate(CLASSES, seed=3, steps=steps, sampler=sampler).to_bytes() == first
     assert Generator.load(tiny_checkpoint).generate(CLASSES, seed=3, steps=steps, sampler=sampler).to_bytes() == first
     assert read_head(first).to_bytes() == first
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_head_is_that_of_the_stages_called_one_by_one(generator: Generator, sampler: str) -> None:
+    steps = 1 if sampler == "mean" else 5
+    checkpoint = load_checkpoint(generator.path)
+    condition = condition_on_classes(*pad_embeddings([request_for(generator).embeddings]))
+    source = torch.Generator().manual_seed(3)
+    size = (1, TINY_SPEC.num_parameters)
+    noisy, previous = torch.randn(size, generator=source), torch.zeros(size)
+    for step in make_plan(sampler, steps, checkpoint.config.schedule):
+        with torch.no_grad():
+            clean = checkpoint.denoiser(noisy, torch.tensor([step.timestep]), condition)
+        noise = torch.randn(size, generator=source) if step.noise else torch.zeros(size)
+        noisy, previous = take_steps([step], noisy, clean, previous, noise), clean
+    artifact = generator.generate(CLASSES, seed=3, steps=steps, sampler=sampler)
+    torch.testing.assert_close(flat(artifact), checkpoint.space.restore(noisy)[0], **CLOSE)
 
 
 def test_seed_classes_and_steps_change_the_head(generator: Generator) -> None:
@@ -176,8 +194,6 @@ def test_a_head_without_biases_is_generated_too(tmp_path: Path) -> None:
 
 
 def test_an_untrained_denoiser_generates_the_mean_head(tmp_path: Path, generator: Generator) -> None:
-    from text2weight.checkpoint import load_checkpoint, save_checkpoint
-
     checkpoint = load_checkpoint(generator.path)
     for parameter in checkpoint.denoiser.parameters():
         torch.nn.init.zeros_(parameter)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -142,7 +143,7 @@ def test_every_step_keeps_the_marginals_of_a_known_sample(
     assert len(plan) == min(steps, start)
     assert plan[0].timestep == start
     grid = [step.timestep for step in plan] + [0]
-    assert all(a > b for a, b in zip(grid[:-1], grid[1:], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(grid))
     for step, after in zip(plan, grid[1:], strict=True):
         now, then = float(schedule.alphas_bar[step.timestep]), float(schedule.alphas_bar[after])
         signal = step.keep * math.sqrt(now) + step.clean + step.previous
