@@ -1,0 +1,114 @@
+"""Everything this package raises: one tree, one class for each documented status of the service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Text2WeightClientError(Exception):
+    """Base of every error raised by this package."""
+
+
+class InvalidHeadError(Text2WeightClientError, ValueError):
+    """Tensors, metadata or bytes that are not a head."""
+
+
+class InvalidFeaturesError(Text2WeightClientError, ValueError):
+    """Features that a head cannot classify: wrong shape, wrong type, or not finite."""
+
+
+class InvalidResponseError(Text2WeightClientError):
+    """The service answered 200 with a body that is not what was asked for."""
+
+
+class APIConnectionError(Text2WeightClientError):
+    """The service could not be reached, or the connection broke before the answer was complete."""
+
+
+class APITimeoutError(APIConnectionError):
+    """The service did not answer in time."""
+
+
+class APIError(Text2WeightClientError):
+    """The service answered with an error status (RFC 9457 problem details).
+
+    Attributes:
+        status: HTTP status code.
+        title: the problem in a few words.
+        detail: what was wrong with this request and what to do; may be empty.
+        request_id: names the request in the service's log; None if the answer carries none.
+        errors: one mapping for each invalid field, as the service sent it.
+        retry_after_s: seconds the service asks to wait before another attempt; None if it does not say.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        title: str,
+        detail: str = "",
+        *,
+        request_id: str | None = None,
+        errors: Sequence[Mapping[str, Any]] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        self.status = status
+        self.title = title
+        self.detail = detail
+        self.request_id = request_id
+        self.errors = tuple(errors)
+        self.retry_after_s = retry_after_s
+        message = f"{status} {title}"
+        if detail:
+            message += f": {detail}"
+        if request_id:
+            message += f" (request id {request_id})"
+        super().__init__(message)
+
+
+class AuthenticationError(APIError):
+    """401: the API key is missing or not accepted."""
+
+
+class PayloadTooLargeError(APIError):
+    """413: the request body is over the service's limit."""
+
+
+class UnsupportedMediaTypeError(APIError):
+    """415: the service does not read this content type."""
+
+
+class InvalidRequestError(APIError):
+    """422: a value in the request is not allowed; `detail` and `errors` say which one."""
+
+
+class RateLimitedError(APIError):
+    """429: the service's queue is full; `retry_after_s` says when to come back."""
+
+
+class ServerError(APIError):
+    """Any 5xx status."""
+
+
+class NotReadyError(ServerError):
+    """503: the service is starting, draining, or has lost its device."""
+
+
+class DeadlineExceededError(ServerError):
+    """504: the service could not finish within its own deadline."""
+
+
+_BY_STATUS: dict[int, type[APIError]] = {
+    401: AuthenticationError,
+    413: PayloadTooLargeError,
+    415: UnsupportedMediaTypeError,
+    422: InvalidRequestError,
+    429: RateLimitedError,
+    503: NotReadyError,
+    504: DeadlineExceededError,
+}
+
+
+def api_error_type(status: int) -> type[APIError]:
+    """The class that stands for an error status."""
+    return _BY_STATUS.get(status, ServerError if status >= 500 else APIError)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+MakeHead = Callable[..., bytes]
+
+
+@pytest.fixture
+def make_head() -> MakeHead:
+    """Bytes of a head file drawn from a seed, as the service would send them."""
+
+    def make(
+        classes: Sequence[str] = ("apple", "bus", "lizard"),
+        *,
+        seed: int = 0,
+        bias: bool = True,
+        activation: str = "gelu",
+        input_dim: int = 512,
+        metadata: dict[str, str] | None = None,
+        tensors: dict[str, Any] | None = None,
+    ) -> bytes:
+        rng = np.random.default_rng(seed)
+
+        def draw(*shape: int) -> np.ndarray:
+            return rng.normal(0.0, 0.2, shape).astype(np.float32)
+
+        parts = {"linear1.weight": draw(16, input_dim), "linear2.weight": draw(512, 16)}
+        if bias:
+            parts |= {"linear1.bias": draw(16), "linear2.bias": draw(512)}
+        embeddings = draw(len(classes), 512)
+        parts["class_embeddings"] = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        fields = {
+            "format": "text2weight.head/1",
+            "classes": json.dumps(list(classes)),
+            "template": "a {}",
+            "logit_scale": "30.0",
+            "activation": activation,
+            "seed": str(seed),
+            "steps": "1",
+            "sampler": "mean",
+            "checkpoint": "0" * 64,
+            "backbone": "resnet18",
+        }
+        changed = {**parts, **(tensors or {})}
+        kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+        return save(kept, metadata={**fields, **(metadata or {})})
+
+    return make
+
+
+@dataclass
+class Reply:
+    """What the local service answers to one request; `drop` closes the connection instead."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    drop: bool = False
+    declared_length: int | None = None
+
+
+@dataclass
+class LocalService:
+    """A real HTTP server on a loopback port that plays a script and records what it was sent."""
+
+    url: str
+    script: list[Reply] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+    def play(self, *replies: Reply) -> None:
+        """Answer with these, in order; the last one is repeated."""
+        self.script[:] = replies
+
+    def next_reply(self) -> Reply:
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
+
+    @property
+    def bodies(self) -> list[dict[str, Any]]:
+        return [request["json"] for request in self.requests]
+
+
+@pytest.fixture
+def local_service() -> Iterator[LocalService]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            service.requests.append(
+                {
+                    "path": self.path,
+                    "method": self.command,
+                    "headers": dict(self.headers),
+                    "json": json.loads(raw) if raw else None,
+                }
+            )
+            reply = service.next_reply()
+            self.close_connection = True
+            if reply.drop:
+                return
+            self.send_response(reply.status)
+            for name, value in {"Connection": "close", **reply.headers}.items():
+                self.send_header(name, value)
+            length = len(reply.body) if reply.declared_length is None else reply.declared_length
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(reply.body)
+
+        do_GET = do_POST = answer  # noqa: N815 - names that http.server looks up
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    service = LocalService(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield service
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def reply() -> type[Reply]:
+    return Reply
