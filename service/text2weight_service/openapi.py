@@ -1,0 +1,48 @@
+"""The OpenAPI description; `python -m text2weight_service.openapi FILE` writes it, the same bytes every time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from text2weight_service.problems import Problem
+from text2weight_service.schemas import GenerateRequest
+
+DEFAULT_PATH = Path("docs/openapi.json")
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make the application describe the two bodies that its routes read and write by hand."""
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            description = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+            schemas = description.setdefault("components", {}).setdefault("schemas", {})
+            for model in (GenerateRequest, Problem):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(schema.pop("$defs", {}))
+                schemas[model.__name__] = schema
+            app.openapi_schema = description
+        return app.openapi_schema
+
+    # FastAPI's documented way to replace the description.
+    app.openapi = describe  # type: ignore[method-assign]
+
+
+def write_openapi(path: Path = DEFAULT_PATH) -> None:
+    """Write the description of the default settings' application; nothing is loaded."""
+    from text2weight_service.app import create_app
+    from text2weight_service.settings import Settings
+
+    description = create_app(Settings()).openapi()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(description, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_openapi(*(Path(argument) for argument in sys.argv[1:2]))

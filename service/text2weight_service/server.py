@@ -1,0 +1,83 @@
+"""The HTTP server process: uvicorn around the application, with signals that drain."""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from text2weight_service.app import create_app
+from text2weight_service.engine import Engine
+from text2weight_service.logs import configure_logging
+from text2weight_service.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+
+class _DrainingServer(uvicorn.Server):
+    """Reports "draining" from the signal on, while uvicorn still answers open connections."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """React to SIGTERM and SIGINT."""
+        self._engine.begin_drain()
+        super().handle_exit(sig, frame)
+
+
+def run_server(settings: Settings) -> Exception | None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Returns:
+        why the model could not be used, or None after an orderly end.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    listener = _listen(settings.http_host, settings.http_port)
+    configure_logging(settings.log_level)
+    engine = Engine(settings)
+    config = uvicorn.Config(
+        create_app(settings, engine),
+        log_config=None,
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+    )
+    server = _DrainingServer(config, engine)
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    engine.on_failure = give_up
+    with listener, _ignored(signal.SIGTERM, signal.SIGINT):
+        log.info("listening", host=settings.http_host, port=listener.getsockname()[1])
+        server.run(sockets=[listener])
+    return engine.failure
+
+
+@contextmanager
+def _ignored(*signals: signal.Signals) -> Iterator[None]:
+    """Ignore signals outside uvicorn's own handling of them.
+
+    uvicorn raises a signal again once it has drained; an orderly end must not look like a kill.
+    """
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)

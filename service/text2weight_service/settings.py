@@ -1,0 +1,71 @@
+"""Settings of the service: environment variables `T2W_*`, typed, with units in their names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_PREFIX = "T2W_"
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+class Settings(BaseSettings):
+    """All settings; field `http_port` is the variable `T2W_HTTP_PORT`. An empty variable counts as unset."""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    http_host: str = Field(default="127.0.0.1", description="address to listen on")
+    http_port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    checkpoint: str | None = Field(
+        default=None, description="checkpoint directory or hf:owner/name@revision; unset: bundled"
+    )
+    device: str = Field(default="cpu", min_length=1, description="torch device of the denoiser and the text encoder")
+    torch_threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset: torch decides")
+
+    max_batch_size: int = Field(default=32, ge=1, description="most requests in one reverse diffusion")
+    batch_window_ms: float = Field(
+        default=2.0, ge=0, le=1000, description="longest wait for a batch as large as the last"
+    )
+    queue_size: int = Field(default=256, ge=1, description="most requests waiting for the model; more get 429")
+    request_timeout_s: float = Field(default=30.0, gt=0, description="from first byte of a request to its answer")
+    drain_timeout_s: float = Field(default=20.0, ge=0, description="time to finish accepted requests at shutdown")
+
+    max_body_bytes: int = Field(default=262_144, ge=1024, description="largest request body; larger gets 413")
+    max_classes: int = Field(default=256, ge=2, le=256, description="most class names in one request")
+    max_steps: int = Field(default=1000, ge=1, le=1000, description="most denoiser steps in one request")
+
+    embedding_cache_size: int = Field(default=20_000, ge=1, description="text embeddings kept in this process")
+    redis_url: SecretStr | None = Field(
+        default=None, description="Redis shared by workers as embedding cache; unset: none"
+    )
+    redis_timeout_s: float = Field(default=0.05, gt=0, description="longest wait for Redis before it counts as a miss")
+    embedding_ttl_s: int = Field(default=604_800, ge=1, description="life of an embedding in Redis")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severe log line")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(_REDIS_SCHEMES):
+            raise ValueError(f"must start with one of {', '.join(_REDIS_SCHEMES)}")
+        return value
+
+    def shown(self) -> dict[str, object]:
+        """Every setting as plain JSON values, secrets masked; safe to log and to publish."""
+        return self.model_dump(mode="json")
+
+
+def variable_name(field: str) -> str:
+    """Environment variable of a settings field: `http_port` -> `T2W_HTTP_PORT`."""
+    return _PREFIX + field.upper()
+
+
+def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Names in the environment that start with `T2W_` and set nothing, most likely typing mistakes."""
+    known = {variable_name(field) for field in Settings.model_fields}
+    names = os.environ if environment is None else environment
+    return sorted(name for name in names if name.upper().startswith(_PREFIX) and name.upper() not in known)

@@ -1,0 +1,33 @@
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.service.fakes import FakeModel
+from tests.service.live import Live, serve
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables of the machine must not change what a test sees."""
+    for name in [name for name in os.environ if name.upper().startswith("T2W_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    return FakeModel()
+
+
+@pytest.fixture
+def live(model: FakeModel) -> Iterator[Live]:
+    """A service with default settings around a fake model."""
+    with serve(lambda _: model) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_live() -> Iterator[Live]:
+    """One service for a module of tests that must leave it unharmed."""
+    with serve(lambda _: FakeModel(), max_body_bytes=200_000) as running:
+        yield running

@@ -1,0 +1,210 @@
+"""The embedding cache: memory, a real Redis, and a Redis that is down, slow, restarted or full of nonsense."""
+
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+import torch
+
+from tests.service.fakes import DIM, FakeModel, unit_vector
+from tests.service.live import Live, serve, wait_for
+from text2weight.artifact import read_head
+from text2weight_service.embedding_cache import MemoryCache
+
+needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+KEY = "t2w:embedding:f00d:a apple"
+
+
+def test_memory_keeps_the_most_recently_used() -> None:
+    cache = MemoryCache(2)
+    cache.put({"a": torch.ones(1)})
+    cache.put({"b": torch.ones(1)})
+    cache.get(["a"])
+    cache.put({"c": torch.ones(1)})
+    assert sorted(cache.get(["a", "b", "c"])) == ["a", "c"]
+
+
+def test_request_larger_than_the_memory(model: FakeModel) -> None:
+    with serve(lambda _: model, embedding_cache_size=1) as live:
+        assert live.generate("apple", "bus", "lizard").status_code == 200
+        assert live.generate("lizard", "apple", "bus").status_code == 200
+
+
+class RedisServer:
+    """A redis-server process that can be stopped and started again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(command, cwd=self._folder, stdout=subprocess.DEVNULL)
+        wait_for(self._answers, "redis start")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    @contextmanager
+    def connected(self) -> Iterator["redis.Redis"]:
+        client = redis.Redis(port=self.port)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    def _answers(self) -> bool:
+        with self.connected() as client:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    running = RedisServer(tmp_path)
+    running.start()
+    yield running
+    running.stop()
+
+
+def served(model: FakeModel, url: str) -> "contextmanager[Live]":
+    # A generous timeout: a busy test machine must not turn a working Redis into a slow one.
+    return serve(lambda _: model, redis_url=url, redis_timeout_s=1.0)
+
+
+def stored(server: RedisServer) -> int:
+    with server.connected() as client:
+        return int(client.dbsize())
+
+
+@needs_redis
+def test_workers_share_embeddings(server: RedisServer) -> None:
+    first, second = FakeModel(), FakeModel()
+    with served(first, server.url) as live:
+        assert live.generate("apple", "bus").status_code == 200
+        wait_for(lambda: stored(server) == 2, "write to redis")
+        assert live.metric("t2w_embedding_cache_lookups_total", tier="redis", result="miss") == 2
+    with server.connected() as client:
+        assert np.allclose(np.frombuffer(client.get(KEY), "<f4"), unit_vector("a apple").numpy())
+        assert 0 < client.ttl(KEY) <= 604_800
+    with served(second, server.url) as live:
+        response = live.generate("apple", "bus", "lizard")
+        assert read_head(response.content).class_embeddings[0].equal(unit_vector("a apple"))
+        assert live.metric("t2w_embedding_cache_lookups_total", tier="redis", result="hit") == 2
+    assert "a apple" not in second.text_encoder.encoded
+    assert "a lizard" in second.text_encoder.encoded
+
+
+@needs_redis
+def test_workers_with_other_encoders_share_nothing(server: RedisServer) -> None:
+    first, second = FakeModel(), FakeModel()
+    second.text_encoder.fingerprint = "beef"
+    for model in (first, second):
+        with served(model, server.url) as live:
+            assert live.generate("apple", "bus").status_code == 200
+        assert "a apple" in model.text_encoder.encoded
+    assert stored(server) == 4
+
+
+NONSENSE = {
+    "text": b"not an embedding",
+    "nothing": b"",
+    "too short": np.ones(DIM - 1, "<f4").tobytes(),
+    "too long": np.ones(2 * DIM, "<f4").tobytes(),
+    "not of length 1": np.ones(DIM, "<f4").tobytes(),
+    "NaN": np.full(DIM, np.nan, "<f4").tobytes(),
+    "infinite": np.full(DIM, np.inf, "<f4").tobytes(),
+    "zero": bytes(4 * DIM),
+}
+
+
+@needs_redis
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_a_miss(server: RedisServer, model: FakeModel, case: str) -> None:
+    with server.connected() as client:
+        client.set(KEY, NONSENSE[case])
+    with served(model, server.url) as live:
+        response = live.generate("apple", "bus")
+        assert response.status_code == 200
+        assert read_head(response.content).class_embeddings[0].equal(unit_vector("a apple"))
+        assert live.metric("t2w_embedding_cache_lookups_total", tier="redis", result="invalid") == 1
+        with server.connected() as client:
+            wait_for(lambda: client.get(KEY) == unit_vector("a apple").numpy().tobytes(), "repair")
+
+
+@needs_redis
+def test_key_of_another_type_is_a_miss(server: RedisServer, model: FakeModel) -> None:
+    with server.connected() as client:
+        client.rpush(KEY, "a list")
+    with served(model, server.url) as live:
+        assert live.generate("apple", "bus").status_code == 200
+
+
+@needs_redis
+def test_redis_goes_and_comes_back(server: RedisServer, model: FakeModel) -> None:
+    with served(model, server.url) as live:
+        assert live.generate("apple", "bus").status_code == 200
+        server.stop()
+        for i in range(3):
+            assert live.generate(f"down {i}", "bus").status_code == 200
+        assert live.metric("t2w_redis_failures_total") >= 1
+        server.start()
+        numbers = iter(range(1000))
+
+        def used_again() -> bool:
+            assert live.generate(f"back {next(numbers)}", "bus").status_code == 200
+            time.sleep(0.05)
+            return stored(server) > 0
+
+        wait_for(used_again, "use of the restarted redis")
+
+
+def test_redis_is_down(model: FakeModel) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with served(model, f"redis://127.0.0.1:{unused.getsockname()[1]}/0") as live:
+            assert live.generate("apple", "bus").status_code == 200
+            assert live.metric("t2w_redis_failures_total") == 1
+
+
+def test_redis_hangs(model: FakeModel) -> None:
+    """A Redis that accepts and never answers costs its timeout once, not once per request."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://:secret@127.0.0.1:{silent.getsockname()[1]}/0"
+        with serve(lambda _: model, redis_url=url, redis_timeout_s=0.1) as live:
+            for i in range(5):
+                assert live.generate(f"apple {i}", "bus").status_code == 200
+            assert live.metric("t2w_redis_failures_total") == 1
+            assert "secret" not in live.client.get("/info").text
+
+
+def test_redis_talks_nonsense(model: FakeModel) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as babbler:
+        threading.Thread(target=_babble, args=(babbler,), daemon=True).start()
+        with served(model, f"redis://127.0.0.1:{babbler.getsockname()[1]}/0") as live:
+            assert live.generate("apple", "bus").status_code == 200
+            assert live.metric("t2w_redis_failures_total") == 1
+
+
+def _babble(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(1000)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
