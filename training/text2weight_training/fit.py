@@ -1,0 +1,301 @@
+"""Train the denoiser on a zoo.
+
+Every step learns from two kinds of items. Zoo items: trained heads, standardised and noised to uniformly
+drawn timesteps (L_diff and L_task). Fresh items: class combinations without a head, first denoised from
+pure noise (L_task), then from their own first estimate noised to a drawn timestep (L_task again). The second
+kind shows the denoiser what it meets while sampling, its own estimates instead of trained heads; without it
+each further denoising step loses accuracy (exposure bias; docs/results.md has the figures).
+
+Letters: B items, K classes of a task (padded), P numbers in one head.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
+from text2weight.denoiser import Denoiser
+from text2weight.generator import created_by
+from text2weight.text_encoder import load_text_encoder
+from text2weight.weight_space import WeightSpace
+from text2weight_training.files import TrainingDataError, atomic_path
+from text2weight_training.losses import DenoisingLosses, make_task_batch
+from text2weight_training.presets import Preset
+from text2weight_training.stacked import cosine_decay
+from text2weight_training.tasks import PADDING, TaskData, TaskSplit, pad_tasks
+from text2weight_training.zoo import Zoo, check_zoo_fits
+
+
+@dataclass
+class FitState:
+    """Where a fit stands: how many steps it made, and the seconds they took over all its runs."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+class Fit:
+    """One training run of a denoiser, resumable from its last saved state."""
+
+    def __init__(self, data: TaskData, zoo: Zoo, preset: Preset, state_file: Path, device: str | None = None) -> None:
+        """Prepare the network and its optimiser.
+
+        Args:
+            data: features and embeddings, the ones the zoo was built from.
+            zoo: the heads to learn from.
+            preset: network, losses and optimiser.
+            state_file: where progress is saved.
+            device: "cpu" keeps it off an accelerator; otherwise accelerate decides.
+
+        Raises:
+            TrainingDataError: the zoo was built for other data or another head.
+        """
+        check_zoo_fits(zoo, data, preset)
+        self.preset = preset
+        self.state = FitState()
+        self._state_file = state_file
+        self._accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu")
+        target = self._accelerator.device
+        self.space = WeightSpace.fit(preset.head, zoo.universal, zoo.weights)
+        self._split: TaskSplit = zoo.split
+        self._data = data.to(target)
+        self._zoo_tasks = pad_tasks(zoo.split.seen).to(target)  # (n, K)
+        self._zoo_clean = self.space.standardise(zoo.weights).to(target)  # (n, P)
+        torch.manual_seed(preset.seed)
+        self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, data.embeddings.mean(0))
+        self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, data.embeddings.mean(0)).to(target)
+        self.average.load_state_dict(self.denoiser.state_dict())
+        optimizer = torch.optim.AdamW(
+            _decay_groups(self.denoiser, preset.fit.weight_decay), lr=preset.fit.learning_rate, betas=(0.9, 0.98)
+        )
+        self._model, self._optimizer = self._accelerator.prepare(self.denoiser, optimizer)
+        self._losses = DenoisingLosses(
+            preset.head, self.space.to(target), preset.schedule, preset.prediction, preset.logit_scale
+        )
+
+    def run(self, minutes: float | None = None) -> None:
+        """Train to the end: the preset's number of steps, or a time limit.
+
+        Args:
+            minutes: wall time of all runs of this fit together; replaces the preset's step count.
+
+        Raises:
+            TrainingDataError: the loss is no longer finite; the last saved state is kept.
+        """
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, disable=not self._accelerator.is_main_process) as progress:
+            bar = progress.add_task("fit", total=1.0)
+            while (done := self._progress(minutes)) < 1:
+                started = time.monotonic()
+                losses = self._step(done)
+                self.state.step += 1
+                self.state.seconds += time.monotonic() - started
+                self._check(losses)
+                if self.state.step % self.preset.fit.save_every == 0:
+                    self.save()
+                    progress.console.print(self._describe(losses))
+                progress.update(bar, completed=done, description=f"fit step {self.state.step}")
+        self.save()
+
+    def _progress(self, minutes: float | None) -> float:
+        if minutes is None:
+            return self.state.step / self.preset.fit.steps
+        return self.state.seconds / (60 * minutes)
+
+    def _describe(self, losses: dict[str, Tensor]) -> str:
+        values = "  ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
+        return f"step {self.state.step}  {self.state.seconds:.0f} s  {values}"
+
+    def _check(self, losses: dict[str, Tensor]) -> None:
+        broken = [name for name, value in losses.items() if not math.isfinite(float(value))]
+        if broken:
+            raise TrainingDataError(
+                f"{broken[0]} is not finite at step {self.state.step}: lower fit.learning_rate; "
+                f"the last saved state is kept in {self._state_file}"
+            )
+
+    def _step(self, done: float) -> dict[str, Tensor]:
+        settings = self.preset.fit
+        for group in self._optimizer.param_groups:
+            group["lr"] = settings.learning_rate * learning_rate_factor(done, settings.warmup)
+        # One generator per step and process: a resumed run draws what an undisturbed one would.
+        seed = (self.preset.seed * 1_000_003 + self.state.step) * 4096 + self._accelerator.process_index
+        losses = self._compute_losses(torch.Generator().manual_seed(seed))
+        total = settings.diffusion_weight * losses["diffusion"] + settings.task_weight * (
+            losses["first call"] + losses["later calls"]
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        self._accelerator.backward(total)
+        # Checked with the losses: a broken gradient breaks the weights while the loss still looks sound.
+        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), settings.gradient_clip)
+        losses["gradient norm"] = torch.as_tensor(norm)
+        self._optimizer.step()
+        self._update_average()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _compute_losses(self, generator: torch.Generator) -> dict[str, Tensor]:
+        settings, schedule = self.preset.fit, self.preset.schedule
+        device = self._zoo_clean.device
+        chosen = torch.randint(len(self._zoo_clean), (settings.zoo_batch,), generator=generator).to(device)
+        fresh = draw_fresh_tasks(
+            self._split, len(self._data.classes), settings.fresh_batch, settings.fresh_task_size, generator
+        ).to(device)
+        tasks = _stack_tasks(self._zoo_tasks[chosen], fresh)  # (B, K), zoo items first
+        batch = make_task_batch(
+            tasks, self._data.embeddings, self._data.train, settings.samples, settings.feature_noise, generator
+        )
+        noise = torch.randn(2, len(tasks), self._zoo_clean.shape[1], generator=generator).to(device)  # (2, B, P)
+        is_fresh = torch.arange(len(tasks), device=device) >= settings.zoo_batch
+        fresh_rows = is_fresh.nonzero().squeeze(1)
+        last = torch.full((len(fresh),), schedule.num_timesteps, device=device)
+        output = self._model(noise[0, fresh_rows], last, batch.condition.select(fresh_rows))
+        first = schedule.to_clean(self.preset.prediction, output, noise[0, fresh_rows], last)  # (b, P)
+        clean = torch.cat([self._zoo_clean[chosen], first.detach()])  # (B, P)
+        timesteps = torch.randint(1, schedule.num_timesteps + 1, (len(tasks),), generator=generator).to(device)
+        diffusion, estimate = self._losses.denoise(
+            self._model, clean, timesteps, noise[1], batch.condition, only=~is_fresh
+        )
+        return {
+            "diffusion": diffusion,
+            "first call": self._losses.task(first, batch.select(fresh_rows)),
+            "later calls": self._losses.task(estimate, batch),
+        }
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        step = self.state.step
+        decay = min(self.preset.fit.ema_decay, (1 + step) / (10 + step))
+        for kept, live in zip(self.average.parameters(), self.denoiser.parameters(), strict=True):
+            kept.lerp_(live.detach(), 1 - decay)
+
+    def save(self) -> None:
+        """Write the state, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk; the last state stays.
+        """
+        if not self._accelerator.is_main_process:
+            return
+        state: dict[str, Any] = {
+            "preset": self.preset.model_dump(mode="json"),
+            "data": self._data.fingerprint,
+            "step": self.state.step,
+            "seconds": self.state.seconds,
+            "denoiser": self.denoiser.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        try:
+            with atomic_path(self._state_file) as temporary:
+                torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of the operating system's errors
+            raise OSError(f"{self._state_file} cannot be written, the disk may be full: {error}") from error
+
+    def resume(self) -> bool:
+        """Go on from the saved state, if there is one.
+
+        Returns:
+            whether there was.
+
+        Raises:
+            TrainingDataError: the state is damaged, or belongs to another preset or other data.
+        """
+        if not self._state_file.exists():
+            return False
+        try:
+            state = torch.load(self._state_file, map_location="cpu", weights_only=True)
+            origin = state["preset"], state["data"]
+        except Exception as error:  # torch raises many kinds for a damaged file
+            raise TrainingDataError(f"{self._state_file} is damaged ({error}): remove it to start anew") from error
+        if origin != (self.preset.model_dump(mode="json"), self._data.fingerprint):
+            raise TrainingDataError(
+                f"{self._state_file} belongs to another preset or other data: remove it to start anew"
+            )
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.state = FitState(state["step"], state["seconds"])
+        return True
+
+    def write_checkpoint(self, out: Path, backbone: Path | None = None) -> CheckpointConfig:
+        """Write the averaged denoiser as a checkpoint directory.
+
+        A local text encoder and a backbone folder are copied in, so the checkpoint needs nothing else.
+
+        Args:
+            out: the checkpoint directory.
+            backbone: folder of the backbone the features were made with.
+        """
+        data, preset = self._data, self.preset
+        encoder = load_text_encoder(data.text_source)
+        parts = {} if backbone is None else {"backbone": backbone}
+        source = data.text_source
+        if source.startswith("dir:"):
+            parts["text_encoder"] = Path(source.removeprefix("dir:"))
+            source = "dir:text_encoder"
+        config = CheckpointConfig(
+            created_by=created_by(),
+            head=preset.head,
+            logit_scale=preset.logit_scale,
+            template=data.template,
+            classes=data.classes,
+            task_size=preset.fit.fresh_task_size,
+            text_encoder=TextEncoderConfig(source=source, name=encoder.name, fingerprint=encoder.fingerprint),
+            backbone=dict(data.backbone),
+            denoiser=preset.denoiser,
+            schedule=preset.schedule,
+            prediction=preset.prediction,
+            sampler=preset.sampler,
+            steps=preset.steps,
+        )
+        return save_checkpoint(out, config, self.average, self.space, parts)
+
+
+def learning_rate_factor(done: float, warmup: float) -> float:
+    """Linear warm-up over the first share of a run, then a cosine to zero; `done` in 0..1."""
+    if done < warmup:
+        return (done + 1e-3) / (warmup + 1e-3)
+    return cosine_decay((done - warmup) / (1 - warmup))
+
+
+def draw_fresh_tasks(
+    split: TaskSplit, num_classes: int, count: int, sizes: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    """Draw class combinations that are not among the unseen tasks: (count, K), padded with -1.
+
+    Raises:
+        TrainingDataError: nearly every combination of these sizes is an unseen task.
+    """
+    least, greatest = min(sizes[0], num_classes), min(sizes[1], num_classes)
+    tasks: list[list[int]] = []
+    for _ in range(100 * count):
+        if len(tasks) == count:
+            return pad_tasks(tasks)
+        size = int(torch.randint(least, greatest + 1, (), generator=generator))
+        task = torch.randperm(num_classes, generator=generator)[:size].tolist()
+        if split.allows(task):
+            tasks.append(task)
+    raise TrainingDataError(
+        f"nearly all tasks of {least} to {greatest} of {num_classes} classes are unseen: widen fit.fresh_task_size"
+    )
+
+
+def _stack_tasks(first: Tensor, second: Tensor) -> Tensor:
+    widest = max(first.shape[1], second.shape[1])
+    padded = [torch.nn.functional.pad(tasks, (0, widest - tasks.shape[1]), value=PADDING) for tasks in (first, second)]
+    return torch.cat(padded)  # (B, K)
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

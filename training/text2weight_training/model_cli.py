@@ -1,0 +1,145 @@
+"""The commands on the model side: `t2w zoo`, `fit`, `evaluate` and `train`.
+
+Only typer and the standard library are imported here, so that `t2w --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from text2weight_training.cli_errors import check_device, one_line_errors
+
+if TYPE_CHECKING:
+    from text2weight_training.presets import Preset
+    from text2weight_training.tasks import TaskData
+
+zoo_app = typer.Typer(add_completion=False)
+fit_app = typer.Typer(add_completion=False)
+evaluate_app = typer.Typer(add_completion=False)
+train_app = typer.Typer(add_completion=False)
+
+Features = Annotated[list[Path], typer.Option(help="feature file; repeat it for several datasets of one backbone")]
+Text = Annotated[str, typer.Option(help="class embeddings: FILE#TABLE, or a text encoder dir:PATH, open_clip:ARCH/TAG")]
+Template = Annotated[str, typer.Option(help="prompt for a text encoder, {} for the name; a table brings its own")]
+PresetName = Annotated[str, typer.Option("--preset", help="preset name or path of a .yaml file")]
+Device = Annotated[str, typer.Option(help="torch device: cpu or cuda")]
+Minutes = Annotated[float | None, typer.Option(min=0.01, help="time limit of the fit, instead of the preset's steps")]
+BackboneFolder = Annotated[Path | None, typer.Option(help="backbone folder to put into the checkpoint")]
+
+
+@zoo_app.command("zoo")
+@one_line_errors
+def zoo_command(
+    features: Features,
+    text: Text,
+    out: Annotated[Path, typer.Option(help="zoo directory; an unfinished one is continued")],
+    preset: PresetName = "small",
+    template: Template = "a {}",
+    device: Device = "cpu",
+) -> None:
+    """Train the zoo: a universal head and thousands of task heads, in stacks.
+
+    Example: t2w zoo --features cifar100.safetensors --text text.safetensors#cifar100.a --out runs/a/zoo
+    """
+    from text2weight_training.zoo import build_zoo
+
+    device = check_device(device)
+    data, settings = _load(features, text, template, preset)
+    zoo = build_zoo(data, settings, out, device)
+    typer.echo(f"{len(zoo.weights)} heads in {out}, mean test accuracy {float(zoo.accuracy.mean()):.3f}")
+
+
+@fit_app.command("fit")
+@one_line_errors
+def fit_command(
+    zoo: Annotated[Path, typer.Option(help="zoo directory")],
+    features: Features,
+    text: Text,
+    out: Annotated[Path, typer.Option(help="checkpoint directory to write")],
+    preset: PresetName = "small",
+    minutes: Minutes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state of this --out")] = False,
+    template: Template = "a {}",
+    backbone: BackboneFolder = None,
+    device: Device = "cpu",
+) -> None:
+    """Train the denoiser on a zoo. With several devices: accelerate launch -m text2weight_client.cli fit ...
+
+    Example: t2w fit --zoo runs/a/zoo --features cifar100.safetensors --text text.safetensors#cifar100.a
+    --out runs/a/checkpoint --minutes 20
+    """
+    from text2weight_training.fit import Fit
+    from text2weight_training.zoo import load_zoo
+
+    device = check_device(device)
+    data, settings = _load(features, text, template, preset)
+    fit = Fit(data, load_zoo(zoo), settings, out.with_name(f"{out.name}-state.pt"), device)
+    if resume and not fit.resume():
+        typer.echo(f"no saved state for {out}: starting anew")
+    fit.run(minutes)
+    fit.write_checkpoint(out, backbone)
+    typer.echo(f"checkpoint in {out} after {fit.state.step} steps")
+
+
+@evaluate_app.command("evaluate")
+@one_line_errors
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Option(help="checkpoint directory")],
+    zoo: Annotated[Path, typer.Option(help="the zoo it was trained on")],
+    features: Features,
+    text: Text,
+    out: Annotated[Path, typer.Option(help="evaluation.json to write; plots go beside it")],
+    preset: PresetName = "small",
+    template: Template = "a {}",
+    record: Annotated[bool, typer.Option("--record", help="also put the results into the checkpoint's config")] = False,
+) -> None:
+    """Measure a checkpoint on unseen tasks against baselines and heads trained on the tasks' own data.
+
+    Example: t2w evaluate --checkpoint runs/a/checkpoint --zoo runs/a/zoo --features cifar100.safetensors
+    --text text.safetensors#cifar100.a --out runs/a/evaluation.json
+    """
+    from text2weight.checkpoint import record_evaluation
+    from text2weight_training.evaluate import evaluate
+    from text2weight_training.train import evaluation_summary
+    from text2weight_training.zoo import load_zoo
+
+    data, settings = _load(features, text, template, preset)
+    result = evaluate(data, load_zoo(zoo), checkpoint, settings, out)
+    if record:
+        record_evaluation(checkpoint, evaluation_summary(result))
+
+
+@train_app.command("train")
+@one_line_errors
+def train_command(
+    features: Features,
+    text: Text,
+    out: Annotated[Path, typer.Option(help="run directory; an interrupted run in it is continued")],
+    preset: PresetName = "small",
+    minutes: Minutes = None,
+    template: Template = "a {}",
+    backbone: BackboneFolder = None,
+    device: Device = "cpu",
+) -> None:
+    """Zoo, fit and evaluation in one go: OUT/zoo, OUT/checkpoint, OUT/evaluation.json.
+
+    Example: t2w train --features cifar100.safetensors --text text.safetensors#cifar100.a --preset small
+    --out runs/a --minutes 20
+    """
+    from text2weight_training.train import train
+
+    device = check_device(device)
+    data, settings = _load(features, text, template, preset)
+    train(data, settings, out, minutes, device, backbone)
+    typer.echo(f"checkpoint in {out / 'checkpoint'}, results in {out / 'evaluation.json'}")
+
+
+def _load(features: list[Path], text: str, template: str, preset: str) -> tuple[TaskData, Preset]:
+    from text2weight_training.presets import load_preset
+    from text2weight_training.tasks import load_task_data
+
+    settings = load_preset(preset)
+    return load_task_data(features, text, template), settings

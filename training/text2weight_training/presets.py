@@ -1,0 +1,205 @@
+"""Strict YAML presets: every number of a training run in one file, unknown keys refused."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from text2weight.denoiser import DenoiserConfig
+from text2weight.diffusion import NoiseSchedule, Prediction
+from text2weight.head import HeadSpec
+from text2weight.samplers import SamplerName, check_sampler
+from text2weight_training.files import TrainingDataError
+from text2weight_training.stacked import HeadRecipe
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_task_size(sizes: tuple[int, int]) -> tuple[int, int]:
+    if not 2 <= sizes[0] <= sizes[1]:
+        raise ValueError(f"{list(sizes)} must be [least, greatest] with 2 <= least <= greatest")
+    return sizes
+
+
+TaskSize = Annotated[tuple[int, int], AfterValidator(_check_task_size)]
+
+
+class ZooSettings(_Strict):
+    """The zoo: which tasks, and how their heads are trained.
+
+    Attributes:
+        tasks: number of class combinations, seen and unseen together.
+        task_size: least and greatest number of classes, drawn uniformly.
+        unseen_fraction: share of tasks kept for evaluation.
+        base: recipe of the base head: a short training on all classes from PyTorch's initialisation.
+        universal: recipe of the universal head: a long one.
+        heads: recipe of the task heads, which start from the universal head.
+        stack: heads trained at once, and heads per shard.
+    """
+
+    tasks: PositiveInt = 1024
+    task_size: TaskSize = (8, 32)
+    unseen_fraction: float = Field(default=0.2, gt=0, lt=1)
+    base: HeadRecipe
+    universal: HeadRecipe
+    heads: HeadRecipe
+    stack: PositiveInt = 64
+
+    @property
+    def unseen_tasks(self) -> int:
+        """How many of the tasks are kept for evaluation."""
+        return round(self.tasks * self.unseen_fraction)
+
+    @model_validator(mode="after")
+    def _both_sides_have_tasks(self) -> ZooSettings:
+        if not 0 < self.unseen_tasks < self.tasks:
+            raise ValueError(f"{self.tasks} tasks with unseen_fraction {self.unseen_fraction} leave one side empty")
+        return self
+
+
+class FitSettings(_Strict):
+    """How the denoiser is trained.
+
+    Attributes:
+        steps: optimiser steps, unless a time limit is given.
+        zoo_batch: zoo heads per step, noised to uniformly drawn timesteps.
+        fresh_batch: fresh class combinations per step, for which there is no head: see `fit.py`.
+        fresh_task_size: least and greatest number of classes of those.
+        samples: feature samples per task for the task loss.
+        feature_noise: standard deviation of noise on those features, over theirs.
+        diffusion_weight: factor of the diffusion loss.
+        task_weight: factor of the task loss.
+        learning_rate: AdamW's peak; warm-up, then a cosine to zero.
+        weight_decay: AdamW's decoupled decay.
+        warmup: share of the run spent warming up.
+        gradient_clip: largest gradient norm.
+        ema_decay: of the weights that are kept.
+        save_every: steps between saved states.
+    """
+
+    steps: PositiveInt = 2000
+    zoo_batch: PositiveInt = 32
+    fresh_batch: PositiveInt = 32
+    fresh_task_size: TaskSize = (2, 32)
+    samples: PositiveInt = 128
+    feature_noise: NonNegativeFloat = 0.0
+    diffusion_weight: NonNegativeFloat = 1.0
+    task_weight: NonNegativeFloat = 1.0
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    gradient_clip: PositiveFloat = 1.0
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    save_every: PositiveInt = 100
+
+
+class EvaluationSettings(_Strict):
+    """What is measured.
+
+    Attributes:
+        tasks: number of unseen tasks.
+        samplers: (sampler, steps) pairs to generate with.
+        oracle: recipe of heads trained on a task's own data; the better of two starts counts.
+        bootstrap: resamples of the tasks for the intervals.
+    """
+
+    tasks: PositiveInt = 200
+    samplers: tuple[tuple[SamplerName, PositiveInt], ...] = (("mean", 1), ("ddim", 4), ("ddim", 20))
+    oracle: HeadRecipe
+    bootstrap: PositiveInt = 2000
+
+
+class Preset(_Strict):
+    """One training run.
+
+    Attributes:
+        seed: of everything random.
+        head: specification of the heads.
+        logit_scale: s of the cosine logits.
+        zoo: see `ZooSettings`.
+        denoiser: size and variant.
+        schedule: noise schedule.
+        prediction: what the denoiser outputs.
+        fit: see `FitSettings`.
+        sampler: default sampler of the checkpoint.
+        steps: its default number of denoiser calls.
+        evaluation: see `EvaluationSettings`.
+    """
+
+    seed: int = 0
+    head: HeadSpec = HeadSpec()
+    logit_scale: PositiveFloat = 30.0
+    zoo: ZooSettings
+    denoiser: DenoiserConfig = DenoiserConfig()
+    schedule: NoiseSchedule = NoiseSchedule()
+    prediction: Prediction = "x0"
+    fit: FitSettings = FitSettings()
+    sampler: SamplerName = "mean"
+    steps: PositiveInt = 1
+    evaluation: EvaluationSettings
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Preset:
+        """Refuse now what the last stage of a long run would refuse."""
+        for sampler, steps in (*self.evaluation.samplers, (self.sampler, self.steps)):
+            check_sampler(sampler, steps, self.schedule.num_timesteps)
+        if (self.sampler, self.steps) not in self.evaluation.samplers:
+            raise ValueError(f"evaluation.samplers lacks the default sampler: add [{self.sampler}, {self.steps}]")
+        if self.head.logits != "cosine":
+            raise ValueError("head.logits must be cosine: heads are trained and scored against class embeddings")
+        if self.head.output_dim != self.denoiser.embedding_dim:
+            raise ValueError(
+                f"head.output_dim {self.head.output_dim} and denoiser.embedding_dim {self.denoiser.embedding_dim} "
+                "must both be the size of a class embedding"
+            )
+        if self.evaluation.tasks > self.zoo.unseen_tasks:
+            raise ValueError(
+                f"evaluation.tasks is {self.evaluation.tasks}, but the zoo keeps only "
+                f"{self.zoo.unseen_tasks} unseen tasks"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = files("text2weight_training") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """Read a preset by name, or from a YAML file's path.
+
+    Raises:
+        TrainingDataError: no such preset, not YAML, an unknown key or a value that is not allowed.
+    """
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        if name not in preset_names():
+            raise TrainingDataError(f"no preset {name!r}: choose {', '.join(preset_names())}, or give a .yaml file")
+        path = Path(str(files("text2weight_training") / "presets" / f"{name}.yaml"))
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Preset.model_validate(content)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingDataError(f"preset {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise TrainingDataError(f"preset {path} is not YAML: {error}") from error
+    except ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, item['loc'])) or 'preset'}: {item['msg']}" for item in error.errors())
+        raise TrainingDataError(f"preset {path.name} is not valid: {details}") from error
