@@ -1,0 +1,159 @@
+"""The benchmarks run and print what they promise; how fast anything is, no test says."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+from safetensors.torch import save_file
+
+from bench import latency, run, sampler_cost, throughput, timing, zoo_rate
+from tests.tiny import TINY_DIM, TINY_NAMES, save_tiny_checkpoint
+from text2weight import checkpoint as checkpoint_module
+from text2weight.checkpoint import TextEncoderConfig
+from text2weight.denoiser import DenoiserConfig
+from text2weight.errors import CheckpointError
+
+# Real processes start here, each importing torch and open_clip: on a machine that is busy, that alone takes a minute.
+pytestmark = pytest.mark.timeout(300)
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_SIZES = {
+    "latency": latency.Sizes(repeats=2, warmup=1),
+    "throughput": throughput.Sizes(rounds=1, requests_alone=2, requests_together=40),
+    "sampler_cost": sampler_cost.Sizes(
+        ddpm_steps=3, repeats=2, warmup=1, denoiser=DenoiserConfig(tokens="chunk", width=16, depth=1, heads=2)
+    ),
+    "zoo_rate": zoo_rate.Sizes(heads=3, steps=2, features_per_class=2, repeats=2, warmup=1),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "checkpoint"
+    save_tiny_checkpoint(folder, classes=TINY_NAMES)
+    return folder
+
+
+def measured(
+    name: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict[str, Any]:
+    """The one JSON line that a benchmark prints with tiny sizes."""
+    monkeypatch.setattr(importlib.import_module(f"bench.{name}"), "QUICK", TINY_SIZES[name])
+    code = run.main([name, "--quick", "--checkpoint", str(model)])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    lines = printed.out.splitlines()
+    assert len(lines) == 1
+    result: dict[str, Any] = json.loads(lines[0])
+    assert result["benchmark"] == name
+    assert result["quick"] is True
+    assert result["ratio"] > 0
+    assert result["cores"] >= 1
+    assert result["threads"] >= 1
+    assert result["torch"]
+    return result
+
+
+@pytest.fixture
+def model_with_text_tower(tmp_path: Path) -> Path:
+    """A model that takes any name, not only those of a table."""
+    layers = {"width": 16, "layers": 1}
+    tower = {
+        "embed_dim": TINY_DIM,
+        "vision_cfg": {"image_size": 32, "head_width": 8, "patch_size": 16, **layers},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "heads": 2, **layers},
+    }
+    folder = tmp_path / "tower"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": tower, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**tower).state_dict(), folder / "open_clip_model.safetensors")
+    encoder = TextEncoderConfig(source="dir:text_encoder", name="tiny tower")
+    save_tiny_checkpoint(
+        tmp_path / "checkpoint", parts={"text_encoder": folder}, text_encoder=encoder, classes=TINY_NAMES
+    )
+    return tmp_path / "checkpoint"
+
+
+def test_latency(
+    model_with_text_tower: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = measured("latency", model_with_text_tower, monkeypatch, capsys)
+    assert set(result["cases"]) == {"mean/1", "ddim/20"}
+    for case in result["cases"].values():
+        assert case["ratio"] == pytest.approx(case["request_ms"]["median"] / case["sampler_ms"]["median"], rel=1e-3)
+        assert case["request_new_names_ms"]["median"] > 0
+    assert result["ratio"] == result["cases"]["mean/1"]["ratio"]
+
+
+def test_throughput(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured("throughput", model, monkeypatch, capsys)
+    rates = result["requests_per_s"]
+    assert result["ratio"] == pytest.approx(rates["32"] / rates["1"], rel=1e-2)
+    assert result["requests_per_round"] == {"1": 2, "32": 40}
+
+
+def test_sampler_cost(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured("sampler_cost", model, monkeypatch, capsys)
+    assert result["ddpm_steps_timed"] == 3
+    assert result["ddpm_s_is_extrapolated"] is True
+    assert result["ratio"] == pytest.approx(result["default_ms"]["median"] / 1000 / result["ddpm_s"], rel=1e-2)
+    assert result["denoiser"]["tokens"] == "unit"
+    assert result["paper_denoiser"] == {"tokens": "chunk", "width": 16, "depth": 1, "heads": 2}
+
+
+def test_sampler_cost_takes_all_steps_unless_quick() -> None:
+    assert sampler_cost.FULL.ddpm_steps == 1000
+    paper = sampler_cost.FULL.denoiser
+    assert (paper.tokens, paper.chunk_size, paper.width, paper.depth) == ("chunk", 576, 1024, 6)
+
+
+def test_zoo_rate(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured("zoo_rate", model, monkeypatch, capsys)
+    assert result["heads"] == 3
+    assert result["recipe"]["steps"] == 2
+    assert result["preset_steps"] > 2
+    rates = result["heads_per_s"]
+    assert result["ratio"] == pytest.approx(rates["stack"] / rates["single"], rel=1e-2)
+
+
+def test_actions_take_turns_and_warm_up_is_not_counted() -> None:
+    calls: list[tuple[str, int]] = []
+    times = timing.interleave(
+        {"a": lambda turn: calls.append(("a", turn)), "b": lambda turn: calls.append(("b", turn))},
+        repeats=2,
+        warmup=1,
+    )
+    assert calls == [("b", 0), ("a", 0), ("a", 1), ("b", 1), ("b", 2), ("a", 2)]
+    assert {name: len(spent) for name, spent in times.items()} == {"a": 2, "b": 2}
+
+
+def test_missing_bundled_model_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> Path:
+        raise CheckpointError("the bundled reference model is not installed: name a checkpoint folder")
+
+    monkeypatch.setattr(checkpoint_module, "bundled_checkpoint", absent)
+    assert run.main(["--quick"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "name a checkpoint folder with --checkpoint DIR, or run only zoo_rate" in printed.err
+
+
+def test_the_script_that_make_calls_explains_a_bad_checkpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "bench/run.py", "sampler_cost", "--checkpoint", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[0] == "bench: sampler_cost ..."
+    assert f"{tmp_path} is not a checkpoint" in done.stderr.splitlines()[1]
+
+
+def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["speed"])
+    assert "choose among latency, throughput, sampler_cost, zoo_rate" in capsys.readouterr().err
