@@ -233,12 +233,17 @@ def ready_policy(timeout_s: float) -> RetryPolicy:
     }
 
 
+# Every open connection is kept, so that many requests at once do not reconnect all the time.
+_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=100)
+
+
 class HttpOptions(TypedDict):
     """Arguments common to httpx's two clients."""
 
     base_url: str
     headers: dict[str, str]
     timeout: float
+    limits: httpx.Limits
 
 
 def http_options(base_url: str, api_key: str | None, timeout_s: float, max_retries: int) -> HttpOptions:
@@ -258,4 +263,4 @@ def http_options(base_url: str, api_key: str | None, timeout_s: float, max_retri
         if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
             raise ValueError("api_key must be printable ASCII text without line ends")
         headers["Authorization"] = f"Bearer {api_key}"
-    return {"base_url": base_url, "headers": headers, "timeout": timeout_s}
+    return {"base_url": base_url, "headers": headers, "timeout": timeout_s, "limits": _LIMITS}

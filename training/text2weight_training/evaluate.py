@@ -215,7 +215,7 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_row(
             name,
             f"{100 * entry['accuracy']:.2f}",
-            f"{low:.2f} – {high:.2f}",
+            f"{low:.2f} to {high:.2f}",
             share,
             f"{1000 * speed:.1f}" if speed else "",
         )

@@ -102,14 +102,16 @@ class Fit:
                 self._check(losses)
                 if self.state.step % self.preset.fit.save_every == 0:
                     self.save()
-                    progress.console.print(self._describe(losses))
+                    progress.console.print(self._describe(losses), soft_wrap=True)
                 progress.update(bar, completed=done, description=f"fit step {self.state.step}")
         self.save()
 
     def _progress(self, minutes: float | None) -> float:
         if minutes is None:
             return self.state.step / self.preset.fit.steps
-        return self.state.seconds / (60 * minutes)
+        # The processes' clocks differ a little; all of them must make the same number of steps.
+        spent = torch.tensor(self.state.seconds, device=self._accelerator.device)
+        return float(self._accelerator.reduce(spent, "mean")) / (60 * minutes)
 
     def _describe(self, losses: dict[str, Tensor]) -> str:
         values = "  ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
@@ -226,7 +228,7 @@ class Fit:
         self.state = FitState(state["step"], state["seconds"])
         return True
 
-    def write_checkpoint(self, out: Path, backbone: Path | None = None) -> CheckpointConfig:
+    def write_checkpoint(self, out: Path, backbone: Path | None = None) -> None:
         """Write the averaged denoiser as a checkpoint directory.
 
         A local text encoder and a backbone folder are copied in, so the checkpoint needs nothing else.
@@ -235,6 +237,8 @@ class Fit:
             out: the checkpoint directory.
             backbone: folder of the backbone the features were made with.
         """
+        if not self._accelerator.is_main_process:
+            return
         data, preset = self._data, self.preset
         encoder = load_text_encoder(data.text_source)
         parts = {} if backbone is None else {"backbone": backbone}
@@ -257,7 +261,7 @@ class Fit:
             sampler=preset.sampler,
             steps=preset.steps,
         )
-        return save_checkpoint(out, config, self.average, self.space, parts)
+        save_checkpoint(out, config, self.average, self.space, parts)
 
 
 def learning_rate_factor(done: float, warmup: float) -> float:

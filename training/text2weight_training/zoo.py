@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _shared_heads(data: TaskData, preset: Preset, out: Path) -> dict[str, Tensor
                     preset.logit_scale,
                     recipe,
                     preset.seed,
-                    lambda bar=bar: progress.advance(bar),
+                    partial(progress.advance, bar),
                 )[0].cpu()
         _save_tensors(heads, path)
     return load_file(path)

@@ -1,0 +1,271 @@
+"""The fit: learns, survives a kill, and stops when its numbers break."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.conftest import Toy
+from tests.training.test_zoo import kill_when_half_written
+from tests.training.toy import toy_preset, write_preset
+from text2weight.checkpoint import read_config
+from text2weight.generator import Generator
+from text2weight_training import fit as fit_module
+from text2weight_training.files import TrainingDataError
+from text2weight_training.fit import Fit, draw_fresh_tasks, learning_rate_factor
+from text2weight_training.tasks import PADDING, TaskSplit
+from text2weight_training.zoo import build_zoo
+
+# Fits, and hangs when half of its second saved state is written.
+HANG_IN_SECOND_SAVE = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from text2weight_training.fit import Fit
+from text2weight_training.presets import load_preset
+from text2weight_training.tasks import load_task_data
+from text2weight_training.zoo import load_zoo
+features, text, preset, zoo, state = sys.argv[1:]
+torch_save, saved = torch.save, []
+def save(content, path):
+    torch_save(content, path)
+    saved.append(path)
+    if len(saved) == 2:
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[: len(whole) // 2])
+        Path(state + ".half").touch()
+        time.sleep(600)
+torch.save = save
+Fit(load_task_data([Path(features)], text), load_zoo(Path(zoo)), load_preset(preset), Path(state), "cpu").run()
+"""
+
+
+def make_fit(toy: Toy, state: Path, **changes: Any) -> Fit:
+    return Fit(toy.data, toy.zoo, toy_preset(**changes), state, "cpu")
+
+
+def assert_same_weights(one: torch.nn.Module, two: torch.nn.Module) -> None:
+    expected = two.state_dict()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_kill_9_then_resume_gives_the_same_weights(toy: Toy, tmp_path: Path) -> None:
+    undisturbed = make_fit(toy, tmp_path / "undisturbed.pt")
+    undisturbed.run()
+    state = tmp_path / "state.pt"
+    preset = write_preset(tmp_path / "toy.yaml")
+    kill_when_half_written(
+        HANG_IN_SECOND_SAVE,
+        [str(toy.features), toy.text, str(preset), str(toy.zoo_folder), str(state)],
+        tmp_path / "state.pt.half",
+    )
+    resumed = make_fit(toy, state)
+    assert resumed.resume()
+    assert resumed.state.step == 3
+    resumed.run()
+    assert resumed.state.step == undisturbed.state.step == 12
+    assert_same_weights(resumed.denoiser, undisturbed.denoiser)
+    assert_same_weights(resumed.average, undisturbed.average)
+
+
+def test_nothing_to_resume(toy: Toy, tmp_path: Path) -> None:
+    assert not make_fit(toy, tmp_path / "state.pt").resume()
+
+
+def total_loss(fit: Fit) -> float:
+    """Mean of all losses over fixed draws."""
+    with torch.no_grad():
+        losses = [fit._compute_losses(torch.Generator().manual_seed(seed)) for seed in range(1000, 1004)]
+    return sum(float(value) for each in losses for value in each.values()) / len(losses)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prediction": "v"},
+        {"prediction": "epsilon"},
+        {"denoiser__tokens": "chunk"},
+        {"head__bias": False, "head__activation": "none"},
+    ],
+    ids=["x0", "v", "epsilon", "chunk tokens", "linear head"],
+)
+def test_losses_fall_and_the_checkpoint_generates(toy: Toy, tmp_path: Path, changes: dict[str, Any]) -> None:
+    changes = {"fit__steps": 60, "fit__save_every": 60, "fit__learning_rate": 1e-2, **changes}
+    fit = linear_fit(toy, tmp_path, changes) if "head__bias" in changes else make_fit(toy, tmp_path / "s.pt", **changes)
+    before = total_loss(fit)
+    fit.run()
+    assert total_loss(fit) < 0.95 * before
+    fit.write_checkpoint(tmp_path / "checkpoint")
+    generator = Generator.load(tmp_path / "checkpoint")
+    assert generator.config.prediction == fit.preset.prediction
+    heads = [generator.generate(classes, seed=1) for classes in (["apple", "bus"], ["sea", "bear", "maple tree"])]
+    flat = torch.stack([generator.config.head.flatten(head.tensors) for head in heads])
+    assert bool(torch.isfinite(flat).all())
+    assert not torch.equal(flat[0], flat[1])
+
+
+def linear_fit(toy: Toy, folder: Path, changes: dict[str, Any]) -> Fit:
+    short = {"steps": 20, "learning_rate": 1e-2}
+    preset = toy_preset(zoo__heads=short, zoo__universal=short, **changes)
+    return Fit(toy.data, build_zoo(toy.data, preset, folder / "zoo"), preset, folder / "s.pt", "cpu")
+
+
+def test_checkpoint_says_what_it_was_made_of(toy: Toy, tmp_path: Path) -> None:
+    fit = make_fit(toy, tmp_path / "s.pt")
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.json").write_text("{}")
+    fit.write_checkpoint(tmp_path / "checkpoint", tmp_path / "net")
+    config = read_config(tmp_path / "checkpoint")
+    assert config.classes == toy.data.classes
+    assert config.template == "a {}"
+    assert config.backbone == {"name": "toy backbone", "preprocess": "none", "feature_dim": "16"}
+    assert config.text_encoder.fingerprint
+    assert set(config.files) == {"model.safetensors", "backbone/config.json"}
+
+
+def test_an_untrained_denoiser_generates_the_mean_head(toy: Toy, tmp_path: Path) -> None:
+    make_fit(toy, tmp_path / "s.pt").write_checkpoint(tmp_path / "checkpoint")
+    head = Generator.load(tmp_path / "checkpoint").generate(["apple", "bus"])
+    torch.testing.assert_close(toy.preset.head.flatten(head.tensors), toy.zoo.weights.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_broken_numbers_stop_the_fit_and_keep_the_last_sound_state(toy: Toy, tmp_path: Path) -> None:
+    changes = {"fit__save_every": 1, "fit__steps": 40, "fit__learning_rate": 1e18, "fit__warmup": 0.0}
+    fit = make_fit(toy, tmp_path / "state.pt", **changes)
+    with pytest.raises(TrainingDataError, match=r"is not finite at step (\d+): lower fit.learning_rate"):
+        fit.run()
+    assert fit.state.step > 1
+    again = make_fit(toy, tmp_path / "state.pt", **changes)
+    assert again.resume()
+    assert again.state.step == fit.state.step - 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in again.denoiser.state_dict().values())
+
+
+def test_a_broken_gradient_stops_the_fit(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of the step is sound, its gradient is not."""
+    fit = make_fit(toy, tmp_path / "state.pt", fit__save_every=1)
+    compute = fit._compute_losses
+
+    def breaking(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        losses = compute(generator)
+        if fit.state.step == 2:
+            zero = next(fit.denoiser.parameters()).sum() * 0
+            losses["diffusion"] = losses["diffusion"] + zero.sqrt()  # the root's slope at 0 is infinite
+        return losses
+
+    monkeypatch.setattr(fit, "_compute_losses", breaking)
+    with pytest.raises(TrainingDataError, match="gradient norm is not finite at step 3"):
+        fit.run()
+    again = make_fit(toy, tmp_path / "state.pt", fit__save_every=1)
+    assert again.resume()
+    assert again.state.step == 2
+
+
+def test_a_state_of_another_preset_or_other_data_is_refused(toy: Toy, tmp_path: Path) -> None:
+    make_fit(toy, tmp_path / "state.pt").save()
+    with pytest.raises(TrainingDataError, match="belongs to another preset or other data: remove it"):
+        make_fit(toy, tmp_path / "state.pt", fit__samples=31).resume()
+    other = make_fit(toy, tmp_path / "state.pt")
+    other._data = replace(toy.data, fingerprint="0")
+    with pytest.raises(TrainingDataError, match="another preset or other data"):
+        other.resume()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another file"])
+def test_a_damaged_state_is_refused(toy: Toy, tmp_path: Path, damage: str) -> None:
+    state = tmp_path / "state.pt"
+    make_fit(toy, state).save()
+    if damage == "another file":
+        torch.save({"weights": torch.zeros(2)}, state)
+    else:
+        state.write_bytes(state.read_bytes()[: 0 if damage == "empty" else 5000])
+    with pytest.raises(TrainingDataError, match=r"is damaged .* remove it to start anew"):
+        make_fit(toy, state).resume()
+
+
+def test_a_full_disk_keeps_the_last_state(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = make_fit(toy, tmp_path / "state.pt")
+    fit.save()
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def no_space(_: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534")
+
+    monkeypatch.setattr(fit_module.torch, "save", no_space)
+    with pytest.raises(OSError, match=r"state.pt cannot be written, the disk may be full"):
+        fit.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    assert (tmp_path / "state.pt").read_bytes() == before
+
+
+def test_a_time_limit_replaces_the_step_count(toy: Toy, tmp_path: Path) -> None:
+    fit = make_fit(toy, tmp_path / "state.pt", fit__steps=10**9)
+    fit.run(minutes=0.01)
+    assert fit.state.seconds >= 0.6
+    assert 1 <= fit.state.step < 10**4
+    # The limit counts all runs together: nothing is left for a second one.
+    again = make_fit(toy, tmp_path / "state.pt", fit__steps=10**9)
+    assert again.resume()
+    again.run(minutes=0.01)
+    assert again.state.step == fit.state.step
+
+
+def test_a_zoo_of_another_head_is_refused(toy: Toy, tmp_path: Path) -> None:
+    with pytest.raises(TrainingDataError, match="built for another head"):
+        make_fit(toy, tmp_path / "s.pt", head__hidden_dim=5)
+
+
+def test_fresh_tasks_are_never_unseen_ones() -> None:
+    pairs = [(a, b) for a in range(5) for b in range(a)]
+    split = TaskSplit(seen=(), unseen=tuple(pairs[:7]))
+    drawn = draw_fresh_tasks(split, 5, 300, (2, 2), torch.Generator().manual_seed(0))
+    found = {frozenset(task) for task in drawn.tolist()}
+    assert found == {frozenset(pair) for pair in pairs[7:]}
+
+
+def test_fresh_tasks_have_the_sizes_asked_for() -> None:
+    split = TaskSplit(seen=(), unseen=((0, 1),))
+    drawn = draw_fresh_tasks(split, 4, 200, (2, 32), torch.Generator().manual_seed(0))
+    sizes = (drawn != PADDING).sum(1)
+    assert sorted(set(sizes.tolist())) == [2, 3, 4]
+    assert all(len(set(row) - {PADDING}) == size for row, size in zip(drawn.tolist(), sizes.tolist(), strict=True))
+
+
+def test_fresh_tasks_that_cannot_be_drawn_are_an_error() -> None:
+    split = TaskSplit(seen=((0, 1),), unseen=((0, 1, 2),))
+    with pytest.raises(TrainingDataError, match=r"widen fit.fresh_task_size"):
+        draw_fresh_tasks(split, 3, 4, (3, 3), torch.Generator().manual_seed(0))
+
+
+def test_the_fit_never_trains_on_an_unseen_task(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unseen = {frozenset(task) for task in toy.zoo.split.unseen}
+    met: list[frozenset[int]] = []
+    make_batch = fit_module.make_task_batch
+
+    def watch(tasks: torch.Tensor, *rest: Any) -> Any:
+        met.extend(frozenset(task) - {PADDING} for task in tasks.tolist())
+        return make_batch(tasks, *rest)
+
+    monkeypatch.setattr(fit_module, "make_task_batch", watch)
+    make_fit(toy, tmp_path / "s.pt").run()
+    assert len(met) == 12 * 16
+    assert not unseen & set(met)
+
+
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    factors = [learning_rate_factor(i / 100, 0.1) for i in range(101)]
+    peak = factors.index(max(factors))
+    assert peak == 10
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[0] < 0.02
+    assert factors[10] == pytest.approx(1)
+    assert factors[-1] == pytest.approx(0)

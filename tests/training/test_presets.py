@@ -1,0 +1,70 @@
+"""Presets: strict, and refused before a long run rather than at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.toy import toy_preset, write_preset
+from text2weight_training.files import TrainingDataError
+from text2weight_training.presets import load_preset, preset_names
+
+
+def test_every_bundled_preset_loads() -> None:
+    assert "small" in preset_names()
+    for name in preset_names():
+        preset = load_preset(name)
+        assert preset.evaluation.tasks >= 200
+        assert preset.head.num_parameters == 16_912
+
+
+def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
+    assert load_preset(str(write_preset(tmp_path / "toy.yaml"))) == toy_preset()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 1}, "colour: Extra inputs are not permitted"),
+        ({"fit__stesp": 1}, "fit.stesp: Extra inputs are not permitted"),
+        ({"zoo__heads__momentum": 0.9}, "zoo.heads.momentum: Extra inputs"),
+        ({"fit__steps": "many"}, "fit.steps: Input should be a valid integer"),
+        ({"fit__steps": 0}, "fit.steps: Input should be greater than 0"),
+        ({"zoo": 3}, "zoo: Input should be"),
+        ({"prediction": "x1"}, "prediction: Input should be 'x0', 'epsilon' or 'v'"),
+        ({"zoo__task_size": [6, 3]}, r"zoo.task_size: .*2 <= least <= greatest"),
+        ({"fit__fresh_task_size": [1, 3]}, r"fit.fresh_task_size: .*2 <= least <= greatest"),
+        ({"zoo__unseen_fraction": 0.001}, "leave one side empty"),
+        ({"evaluation__samplers": [["mean", 1], ["euler", 4]]}, "evaluation.samplers.1.0"),
+        ({"evaluation__samplers": [["mean", 1], ["mean", 4]]}, "'mean' makes exactly 1"),
+        ({"evaluation__samplers": [["mean", 1], ["ddim", 41]]}, "allowed are 1 to 40"),
+        ({"evaluation__samplers": [["ddim", 4]]}, r"lacks the default sampler: add \[mean, 1\]"),
+        ({"evaluation__tasks": 13}, "the zoo keeps only 12 unseen tasks"),
+        ({"denoiser__embedding_dim": 9}, "must both be the size of a class embedding"),
+        ({"head__logits": "plain"}, "head.logits must be cosine"),
+    ],
+)
+def test_what_is_not_allowed_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write_preset(tmp_path / "toy.yaml", **changes)
+    with pytest.raises(TrainingDataError, match=f"preset toy.yaml is not valid: .*{message}"):
+        load_preset(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a: [1", "is not YAML"), (b"", "is not valid"), (b"- 1", "is not valid"), (b"\xff\xfe\xfa", "cannot be read")],
+)
+def test_files_that_are_no_presets(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(TrainingDataError, match=message):
+        load_preset(str(path))
+
+
+def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDataError, match=r"no preset 'smal': choose .*small.*or give a .yaml file"):
+        load_preset("smal")
+    with pytest.raises(TrainingDataError, match="cannot be read"):
+        load_preset(str(tmp_path / "absent.yaml"))

@@ -1,0 +1,112 @@
+"""A stack of heads learns exactly what its members would alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.training.conftest import Toy
+from text2weight_training.files import TrainingDataError
+from text2weight_training.stacked import (
+    HeadRecipe,
+    cosine_decay,
+    heads_accuracy,
+    initial_head,
+    train_stack,
+)
+from text2weight_training.tasks import PADDING, ClassFeatures
+
+RECIPE = HeadRecipe(steps=12, batch_size=16, learning_rate=1e-2, weight_decay=0.5)
+TASKS = [(0, 1, 2), (3, 4, 5, 6, 7), (8, 9), (0, 4, 8, 10)]
+
+
+class DrawsByTask(ClassFeatures):
+    """Draws that depend on the task alone and not on its neighbours in the stack."""
+
+    def sample(self, tasks: torch.Tensor, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        step = int(torch.randint(2**31, (), generator=generator))
+        drawn = [
+            super(DrawsByTask, self).sample(
+                task[task != PADDING][None], count, torch.Generator().manual_seed(step + int(task[0]) * 1000)
+            )
+            for task in tasks
+        ]
+        return torch.cat([features for features, _ in drawn]), torch.cat([targets for _, targets in drawn])
+
+
+def by_task(features: ClassFeatures) -> DrawsByTask:
+    return DrawsByTask(features.features, features.starts)
+
+
+def stack(toy: Toy, tasks: list[tuple[int, ...]], features: ClassFeatures, start: torch.Tensor) -> torch.Tensor:
+    return train_stack(toy.preset.head, start, tasks, features, toy.data.embeddings, 10.0, RECIPE, seed=4)
+
+
+@pytest.mark.parametrize("own_starts", [False, True])
+def test_stack_equals_one_at_a_time(toy: Toy, own_starts: bool) -> None:
+    """With equal draws; padding to the widest task and the neighbours must not matter."""
+    starts = torch.stack([initial_head(toy.preset.head, seed if own_starts else 0) for seed in range(len(TASKS))])
+    features = by_task(toy.data.train)
+    together = stack(toy, TASKS, features, starts if own_starts else starts[0])
+    alone = torch.cat([stack(toy, [task], features, start) for task, start in zip(TASKS, starts, strict=True)])
+    moved = (together - starts).abs().mean()
+    assert float((together - alone).abs().max()) < 1e-4 < 0.1 * float(moved)
+
+
+def test_a_heads_training_does_not_depend_on_its_neighbours_data(toy: Toy) -> None:
+    """Replacing the features of one task leaves every disjoint task's head as it was, to the last bit."""
+    start = initial_head(toy.preset.head, 0)
+    before = stack(toy, TASKS[:3], toy.data.train, start)
+    changed = toy.data.train.features.clone()
+    first, last = int(toy.data.train.starts[3]), int(toy.data.train.starts[4])
+    changed[first:last] = 50.0
+    after = stack(toy, TASKS[:3], ClassFeatures(changed, toy.data.train.starts), start)
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[2], after[2])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_training_learns_the_task_and_repeats_itself(toy: Toy) -> None:
+    start = initial_head(toy.preset.head, 0)
+    recipe = HeadRecipe(steps=80, batch_size=32, learning_rate=3e-2, weight_decay=0.0)
+    steps: list[int] = []
+    args = (toy.preset.head, start, TASKS, toy.data.train, toy.data.embeddings, 10.0, recipe, 1)
+    trained = train_stack(*args, on_step=lambda: steps.append(1))
+    assert len(steps) == 80
+    assert torch.equal(trained, train_stack(*args))
+    for head, task in zip(trained, TASKS, strict=True):
+        untrained, learnt = heads_accuracy(
+            toy.preset.head, torch.stack([start, head]), task, toy.data.test, toy.data.embeddings
+        )
+        assert learnt > 0.85
+        assert learnt > untrained
+
+
+def test_divergence_is_reported(toy: Toy) -> None:
+    spec, recipe = toy.preset.head, HeadRecipe(steps=3, batch_size=8, learning_rate=1e38, weight_decay=0.0)
+    with pytest.raises(TrainingDataError, match=r"diverged .* lower the learning rate"):
+        train_stack(spec, initial_head(spec, 0), TASKS, toy.data.train, toy.data.embeddings, 10.0, recipe, 0)
+
+
+def test_accuracy_counts_only_the_tasks_classes(toy: Toy) -> None:
+    """A head that always answers with one class is right for its share of the task, and never outside it."""
+    spec = toy.preset.head
+    tensors = spec.unflatten(torch.zeros(spec.num_parameters))
+    constant = spec.flatten({**tensors, "linear2.bias": toy.data.embeddings[4]})
+    with_it = heads_accuracy(spec, constant[None], (1, 4, 7, 9), toy.data.test, toy.data.embeddings)
+    assert with_it.tolist() == [0.25]
+
+
+def test_initial_head_is_fixed_by_its_seed_and_leaves_the_global_generator_alone(toy: Toy) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first = initial_head(toy.preset.head, 1)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, initial_head(toy.preset.head, 1))
+    assert not torch.equal(first, initial_head(toy.preset.head, 2))
+    assert first.shape == (toy.preset.head.num_parameters,)
+
+
+def test_cosine_decay() -> None:
+    assert [cosine_decay(progress) for progress in (0.0, 0.5, 1.0, 2.0)] == pytest.approx([1, 0.5, 0, 0])
