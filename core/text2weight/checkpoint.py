@@ -34,7 +34,7 @@ class TextEncoderConfig(BaseModel):
     """Which text encoder a checkpoint was trained with.
 
     Attributes:
-        source: for `load_text_encoder`; "dir:text_encoder" is relative to the checkpoint.
+        source: for `load_text_encoder`; a path that starts with text_encoder is relative to the checkpoint.
         name: what a person calls it.
         fingerprint: of the weights it was trained with; "" where any is accepted.
     """

@@ -102,9 +102,9 @@ class Block(nn.Module):
         normed = self.norm1(tokens) * (1 + scale1) + shift1  # (B, S, W)
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, S, W / H)
         attended = attention(qkv[0], qkv[1], qkv[2], mask)  # (B, H, S, W / H)
-        tokens = tokens + gate1 * self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, S, W)
+        tokens = tokens + (1 + gate1) * self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, S, W)
         normed = self.norm2(tokens) * (1 + scale2) + shift2  # (B, S, W)
-        updated: Tensor = tokens + gate2 * self.dropout(self.mlp(normed))  # (B, S, W)
+        updated: Tensor = tokens + (1 + gate2) * self.dropout(self.mlp(normed))  # (B, S, W)
         return updated
 
 

@@ -7,12 +7,15 @@ Ho et al., arXiv 2006.11239. Letters: B batch, P numbers in one head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
+
+from text2weight.condition import Condition
 
 Prediction = Literal["x0", "epsilon", "v"]
 
@@ -63,6 +66,24 @@ class NoiseSchedule(BaseModel):
         if prediction == "epsilon":
             return (noisy - sigma * output) / signal
         return signal * noisy - sigma * output  # (B, P)
+
+    def run_denoiser(
+        self,
+        denoiser: Callable[[Tensor, Tensor, Condition], Tensor],
+        prediction: Prediction,
+        noisy: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluate a denoiser at x_n = noisy (B, P), timesteps (B,): its output and its estimate of x_0, both (B, P).
+
+        A network that predicts x_0 is shown sqrt(abar_n) x_n, the best linear estimate of x_0 (its entries have unit
+        variance). Near n = N that hides the noise, which says nothing about x_0 there and would only drown the
+        condition. One that predicts noise or v has to see it.
+        """
+        shown = noisy * self.signal_and_noise(timesteps)[0] if prediction == "x0" else noisy  # (B, P)
+        output = denoiser(shown, timesteps, condition)  # (B, P)
+        return output, self.to_clean(prediction, output, noisy, timesteps)
 
 
 # Cached here and not on the schedule: a copy of a model with other fields would carry the old values along.

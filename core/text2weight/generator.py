@@ -27,6 +27,8 @@ from text2weight.samplers import check_sampler, make_plan, take_steps
 from text2weight.text_encoder import TextEncoder, load_text_encoder
 
 MAX_SEED = 2**63 - 1
+# A checkpoint's own text encoder lies in this folder of it.
+BUNDLED_TEXT_ENCODER = "text_encoder"
 DEFAULT_STEPS = 20  # of a sampler that the checkpoint names no step count for
 
 
@@ -100,10 +102,10 @@ class Generator:
         """
         checkpoint = load_checkpoint(path)
         if text_encoder is None:
-            source = checkpoint.config.text_encoder.source
-            if source == "dir:text_encoder":
-                source = f"dir:{checkpoint.path / 'text_encoder'}"
-            text_encoder = load_text_encoder(source, device)
+            kind, _, place = checkpoint.config.text_encoder.source.partition(":")
+            if place.startswith(BUNDLED_TEXT_ENCODER):
+                place = str(checkpoint.path / place)
+            text_encoder = load_text_encoder(f"{kind}:{place}", device)
         return cls(checkpoint, text_encoder, device)
 
     def generate(
@@ -191,8 +193,9 @@ class Generator:
             index = torch.tensor(active, device=self.device)
             steps = [plans[i][call] for i in active]
             timesteps = torch.tensor([step.timestep for step in steps], device=self.device)  # (b,)
-            output = self._denoiser(noisy[index], timesteps, condition.select(index))  # (b, P)
-            clean = schedule.to_clean(prediction, output, noisy[index], timesteps)  # (b, P)
+            _, clean = schedule.run_denoiser(
+                self._denoiser, prediction, noisy[index], timesteps, condition.select(index)
+            )  # (b, P)
             draws = torch.stack(
                 [
                     self._noise(sources[i]) if step.noise else torch.zeros(noisy.shape[1])

@@ -194,6 +194,27 @@ def write_embedding_tables(path: str | Path, tables: Mapping[str, EmbeddingTable
     temporary.replace(path)
 
 
+def copy_embedding_table(source: str, path: Path) -> str:
+    """Copy one table, as it is stored, into a file of its own.
+
+    Args:
+        source: "FILE#TABLE", as for `read_embedding_table`.
+        path: file to write.
+
+    Returns:
+        the table's name; an encoder of the copy has the same fingerprint as one of the original.
+
+    Raises:
+        CheckpointError: see `read_embedding_table`.
+    """
+    read_embedding_table(source)
+    file_name, _, table = source.partition("#")
+    with safe_open(file_name, "pt") as file:
+        table = table or next(iter(file.keys()))
+        save_file({table: file.get_tensor(table)}, path, metadata={table: (file.metadata() or {})[table]})
+    return table
+
+
 class TableTextEncoder:
     """Embeddings looked up in a table, for use without any text model."""
 

@@ -6,6 +6,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from pydantic import ValidationError
 from torch import Tensor
 
+from text2weight.condition import Condition, condition_on_classes
 from text2weight.diffusion import NoiseSchedule, Prediction
 
 N = 1000
@@ -110,3 +111,22 @@ def test_a_schedule_cannot_be_changed_or_misspelt() -> None:
         NoiseSchedule(steps=5)  # type: ignore[call-arg]
     with pytest.raises(ValidationError):
         NoiseSchedule(num_timesteps=0)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "epsilon", "v"])
+def test_a_denoiser_is_shown_what_it_can_use(prediction: Prediction) -> None:
+    """Predicting x_0 it sees sqrt(abar_n) x_n, which vanishes near n = N; predicting noise it sees x_n itself."""
+    schedule = NoiseSchedule()
+    noisy, timesteps = torch.randn(3, 5), torch.tensor([1, 500, 1000])
+    condition = condition_on_classes(torch.randn(3, 2, 4), torch.ones(3, 2, dtype=torch.bool))
+    seen: list[Tensor] = []
+
+    def denoiser(shown: Tensor, at: Tensor, under: Condition) -> Tensor:
+        assert at is timesteps and under is condition
+        seen.append(shown)
+        return shown + 1
+
+    output, clean = schedule.run_denoiser(denoiser, prediction, noisy, timesteps, condition)
+    factor = schedule.alphas_bar[timesteps].sqrt().float()[:, None] if prediction == "x0" else torch.ones(3, 1)
+    torch.testing.assert_close(seen[0], factor * noisy)
+    torch.testing.assert_close(clean, schedule.to_clean(prediction, output, noisy, timesteps))

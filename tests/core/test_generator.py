@@ -81,7 +81,9 @@ def test_the_head_is_that_of_the_stages_called_one_by_one(generator: Generator, 
     noisy, previous = torch.randn(size, generator=source), torch.zeros(size)
     for step in make_plan(sampler, steps, checkpoint.config.schedule):
         with torch.no_grad():
-            clean = checkpoint.denoiser(noisy, torch.tensor([step.timestep]), condition)
+            timesteps = torch.tensor([step.timestep])
+            shown = checkpoint.config.schedule.alphas_bar[timesteps].sqrt().float() * noisy
+            clean = checkpoint.denoiser(shown, timesteps, condition)
         noise = torch.randn(size, generator=source) if step.noise else torch.zeros(size)
         noisy, previous = take_steps([step], noisy, clean, previous, noise), clean
     artifact = generator.generate(CLASSES, seed=3, steps=steps, sampler=sampler)

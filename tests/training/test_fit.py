@@ -127,7 +127,14 @@ def test_checkpoint_says_what_it_was_made_of(toy: Toy, tmp_path: Path) -> None:
     assert config.template == "a {}"
     assert config.backbone == {"name": "toy backbone", "preprocess": "none", "feature_dim": "16"}
     assert config.text_encoder.fingerprint
-    assert set(config.files) == {"model.safetensors", "backbone/config.json"}
+    assert set(config.files) == {"model.safetensors", "backbone/config.json", "text_encoder/table.safetensors"}
+
+
+def test_checkpoint_moves_with_its_text_table(toy: Toy, tmp_path: Path) -> None:
+    make_fit(toy, tmp_path / "s.pt").write_checkpoint(tmp_path / "checkpoint")
+    moved = (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
+    assert read_config(moved).text_encoder.source.startswith("table:text_encoder/table.safetensors#")
+    assert Generator.load(moved).text_encoder.encode(["a apple"]).shape == (1, toy.data.embeddings.shape[1])
 
 
 def test_an_untrained_denoiser_generates_the_mean_head(toy: Toy, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
 from text2weight.denoiser import Denoiser
-from text2weight.generator import created_by
-from text2weight.text_encoder import load_text_encoder
+from text2weight.generator import BUNDLED_TEXT_ENCODER, created_by
+from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.losses import DenoisingLosses, make_task_batch
@@ -102,7 +103,8 @@ class Fit:
                 self._check(losses)
                 if self.state.step % self.preset.fit.save_every == 0:
                     self.save()
-                    progress.console.print(self._describe(losses), soft_wrap=True)
+                    if self._accelerator.is_main_process:
+                        progress.console.print(self._describe(losses), soft_wrap=True)
                 progress.update(bar, completed=done, description=f"fit step {self.state.step}")
         self.save()
 
@@ -159,8 +161,9 @@ class Fit:
         is_fresh = torch.arange(len(tasks), device=device) >= settings.zoo_batch
         fresh_rows = is_fresh.nonzero().squeeze(1)
         last = torch.full((len(fresh),), schedule.num_timesteps, device=device)
-        output = self._model(noise[0, fresh_rows], last, batch.condition.select(fresh_rows))
-        first = schedule.to_clean(self.preset.prediction, output, noise[0, fresh_rows], last)  # (b, P)
+        _, first = schedule.run_denoiser(
+            self._model, self.preset.prediction, noise[0, fresh_rows], last, batch.condition.select(fresh_rows)
+        )  # (b, P)
         clean = torch.cat([self._zoo_clean[chosen], first.detach()])  # (B, P)
         timesteps = torch.randint(1, schedule.num_timesteps + 1, (len(tasks),), generator=generator).to(device)
         diffusion, estimate = self._losses.denoise(
@@ -239,21 +242,23 @@ class Fit:
         """
         if not self._accelerator.is_main_process:
             return
+        with TemporaryDirectory() as scratch:
+            source, parts = _text_encoder_part(self._data.text_source, Path(scratch))
+            if backbone is not None:
+                parts["backbone"] = backbone
+            save_checkpoint(out, self._checkpoint_config(source), self.average, self.space, parts)
+
+    def _checkpoint_config(self, text_source: str) -> CheckpointConfig:
         data, preset = self._data, self.preset
         encoder = load_text_encoder(data.text_source)
-        parts = {} if backbone is None else {"backbone": backbone}
-        source = data.text_source
-        if source.startswith("dir:"):
-            parts["text_encoder"] = Path(source.removeprefix("dir:"))
-            source = "dir:text_encoder"
-        config = CheckpointConfig(
+        return CheckpointConfig(
             created_by=created_by(),
             head=preset.head,
             logit_scale=preset.logit_scale,
             template=data.template,
             classes=data.classes,
             task_size=preset.fit.fresh_task_size,
-            text_encoder=TextEncoderConfig(source=source, name=encoder.name, fingerprint=encoder.fingerprint),
+            text_encoder=TextEncoderConfig(source=text_source, name=encoder.name, fingerprint=encoder.fingerprint),
             backbone=dict(data.backbone),
             denoiser=preset.denoiser,
             schedule=preset.schedule,
@@ -261,7 +266,20 @@ class Fit:
             sampler=preset.sampler,
             steps=preset.steps,
         )
-        save_checkpoint(out, config, self.average, self.space, parts)
+
+
+def _text_encoder_part(source: str, scratch: Path) -> tuple[str, dict[str, Path]]:
+    """Make a text encoder's source relative to the checkpoint, and name the folder to copy into it.
+
+    An encoder that is known by name and downloaded, "open_clip:ARCH/TAG", stays what it is.
+    """
+    kind, _, place = source.partition(":")
+    if kind == "dir":
+        return f"dir:{BUNDLED_TEXT_ENCODER}", {BUNDLED_TEXT_ENCODER: Path(place)}
+    if kind == "table":
+        table = copy_embedding_table(place, scratch / "table.safetensors")
+        return f"table:{BUNDLED_TEXT_ENCODER}/table.safetensors#{table}", {BUNDLED_TEXT_ENCODER: scratch}
+    return source, {}
 
 
 def learning_rate_factor(done: float, warmup: float) -> float:

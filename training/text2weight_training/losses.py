@@ -94,7 +94,6 @@ class DenoisingLosses:
             the diffusion loss (L_diff, mean squared error of the network's output), and the estimate of x_0 (B, P).
         """
         noisy = self.schedule.add_noise(clean, timesteps, noise)  # (B, P)
-        output: Tensor = denoiser(noisy, timesteps, condition)
+        output, estimate = self.schedule.run_denoiser(denoiser, self.prediction, noisy, timesteps, condition)
         target = self.schedule.target(self.prediction, clean, timesteps, noise)
-        estimate = self.schedule.to_clean(self.prediction, output, noisy, timesteps)
         return F.mse_loss(output[only], target[only]), estimate

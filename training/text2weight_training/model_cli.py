@@ -66,7 +66,7 @@ def fit_command(
     backbone: BackboneFolder = None,
     device: Device = "cpu",
 ) -> None:
-    """Train the denoiser on a zoo. With several devices: accelerate launch -m text2weight_client.cli fit ...
+    """Train the denoiser on a zoo. On N devices: torchrun --nproc_per_node N -m text2weight_client.cli fit ...
 
     Example: t2w fit --zoo runs/a/zoo --features cifar100.safetensors --text text.safetensors#cifar100.a
     --out runs/a/checkpoint --minutes 20
