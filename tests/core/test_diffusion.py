@@ -122,7 +122,8 @@ def test_a_denoiser_is_shown_what_it_can_use(prediction: Prediction) -> None:
     seen: list[Tensor] = []
 
     def denoiser(shown: Tensor, at: Tensor, under: Condition) -> Tensor:
-        assert at is timesteps and under is condition
+        assert at is timesteps
+        assert under is condition
         seen.append(shown)
         return shown + 1
 
