@@ -83,7 +83,7 @@ FIELDS = {
     "no steps": ({**GOOD, "sampler": "ddim", "steps": 0}, "steps"),
     "negative steps": ({**GOOD, "sampler": "ddim", "steps": -4}, "steps"),
     "a million steps": ({**GOOD, "sampler": "ddim", "steps": 10**6}, "steps"),
-    "more steps than this worker allows": ({**GOOD, "sampler": "ddim", "steps": 101}, "steps"),
+    "more steps than this worker allows": ({**GOOD, "sampler": "ddim", "steps": 1001}, "steps"),
     "mean with steps": ({**GOOD, "sampler": "mean", "steps": 4}, "steps"),
     "unknown sampler": ({**GOOD, "sampler": "euler"}, "sampler"),
     "sampler is a number": ({**GOOD, "sampler": 1}, "sampler"),
