@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from PIL import Image
@@ -26,11 +27,14 @@ def run(app: typer.Typer, *arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("squares")
+    source = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 4)):
         for name, colour in COLOURS.items():
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                Image.new("RGB", (20, 16), colour).save(root / split / name / f"{number:02d}.png")
+                noise = source.integers(-40, 40, (16, 20, 3))  # flat colours have no variance to normalise by
+                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number:02d}.png")
     return root
 
 

@@ -230,9 +230,10 @@ def smoothed_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> 
 
 
 def save_backbone(model: nn.Module, out: Path, config: BackboneConfig, trained_on: list[str]) -> None:
-    """Write `config.json` and fp16 `model.safetensors` (no classifier layer) into `out`."""
+    """Write `config.json` and `model.safetensors` (fp16, no classifier layer) into `out`."""
     tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        # Running variances of a badly scaled network exceed what fp16 can hold; they are small tensors anyway.
+        name: (tensor.half() if tensor.is_floating_point() and "running_" not in name else tensor).cpu().contiguous()
         for name, tensor in model.state_dict().items()
         if not name.startswith("fc.")
     }
