@@ -48,7 +48,15 @@ def tiny_denoiser(
     spec: HeadSpec = TINY_SPEC, *, seed: int | None = 2, anchor: torch.Tensor | None = None, **config: Any
 ) -> Denoiser:
     """A denoiser of width 16 with random weights, or as initialised where `seed` is None."""
-    settings = {"width": 16, "depth": 2, "heads": 2, "embedding_dim": TINY_DIM, "chunk_size": 16, **config}
+    settings = {
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "embedding_dim": TINY_DIM,
+        "chunk_size": 16,
+        "class_path": 8,
+        **config,
+    }
     anchor = tiny_space(spec).anchor if anchor is None else anchor
     denoiser = Denoiser(spec, DenoiserConfig(**settings), anchor, torch.full((TINY_DIM,), 0.1))
     return denoiser.eval() if seed is None else randomise(denoiser, seed)  # type: ignore[return-value]
@@ -83,7 +91,7 @@ def save_tiny_checkpoint(
             source=f"table:{table_file}#tiny", name=encoder.name, fingerprint=encoder.fingerprint
         ),
         "backbone": {"name": "tiny backbone"},
-        "denoiser": DenoiserConfig(width=16, depth=2, heads=2, embedding_dim=TINY_DIM, chunk_size=16),
+        "denoiser": DenoiserConfig(width=16, depth=2, heads=2, embedding_dim=TINY_DIM, chunk_size=16, class_path=8),
         "schedule": NoiseSchedule(num_timesteps=40),
     }
     written = CheckpointConfig(**{**settings, **config})

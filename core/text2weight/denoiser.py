@@ -1,9 +1,12 @@
 """The diffusion transformer that estimates clean weights from noisy ones under a text condition.
 
 Letters: B batch, P numbers in one head, T weight tokens, h hidden units, o output size, K classes,
-S = T + K tokens in all (T without class tokens), D embedding size, W width, H attention heads.
+S = T + K tokens in all (T without class tokens), D embedding size, W width, H attention heads,
+M inner size of the class path.
 Blocks follow DiT with adaLN-Zero (Peebles & Xie, arXiv 2212.09748); weight tokens and class tokens attend
-to each other in one sequence.
+to each other in one sequence. The class path is ours: a bilinear map from (what names a unit, the set of
+classes) to the unit's weights. What a head needs depends on both together; the blocks alone find that
+product so slowly that they stay on one head for all tasks for hundreds of steps (docs/results.md).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from text2weight.condition import Condition
@@ -32,12 +35,12 @@ class DenoiserConfig(BaseModel):
             the denoiser is exactly equivariant to permutations of the sample's units; with it, to joint
             permutations of anchor and sample.
         class_tokens: let weight tokens attend to one token per class, beside the pooled vector.
+        class_path: M, inner size of the class path (class tokens only); 0 leaves it out.
         width: W.
         depth: number of blocks.
         heads: attention heads per block.
         mlp_ratio: hidden size of a block's MLP over W.
         embedding_dim: D of the condition.
-        dropout: share of a block's outputs dropped in training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,18 +50,23 @@ class DenoiserConfig(BaseModel):
     chunk_size: PositiveInt = 576
     unit_identity: bool = True
     class_tokens: bool = True
+    class_path: NonNegativeInt = 512
     width: PositiveInt = 384
     depth: PositiveInt = 6
     heads: PositiveInt = 6
     mlp_ratio: PositiveInt = 4
     embedding_dim: PositiveInt = 512
-    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> DenoiserConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
+
+    @property
+    def class_path_size(self) -> int:
+        """M, or 0 without a class path."""
+        return self.class_path if self.class_tokens else 0
 
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:
@@ -93,7 +101,6 @@ class Block(nn.Module):
             nn.Linear(width, config.mlp_ratio * width), nn.GELU(), nn.Linear(config.mlp_ratio * width, width)
         )
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.dropout = nn.Dropout(config.dropout)
         _zero(self.modulation[1])
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor) -> Tensor:
@@ -102,10 +109,27 @@ class Block(nn.Module):
         normed = self.norm1(tokens) * (1 + scale1) + shift1  # (B, S, W)
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, S, W / H)
         attended = attention(qkv[0], qkv[1], qkv[2], mask)  # (B, H, S, W / H)
-        tokens = tokens + (1 + gate1) * self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, S, W)
+        tokens = tokens + gate1 * self.out(attended.transpose(1, 2).flatten(2))  # (B, S, W)
         normed = self.norm2(tokens) * (1 + scale2) + shift2  # (B, S, W)
-        updated: Tensor = tokens + (1 + gate2) * self.dropout(self.mlp(normed))  # (B, S, W)
+        updated: Tensor = tokens + gate2 * self.mlp(normed)  # (B, S, W)
         return updated
+
+
+class ClassPath(nn.Module):
+    """The set of classes (B, M) times what names each token (T, I) -> numbers for each token (B, T, c)."""
+
+    def __init__(self, identity_dim: int, size: int, token_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(identity_dim, size)
+        self.out = nn.Linear(size, token_dim)
+        _zero(self.out)
+
+    def forward(self, identity: Tensor, classes: Tensor) -> Tensor:
+        """identity (T, I), classes (B, M) -> (B, T, c)."""
+        # Both factors are of order one; the smaller product keeps the first steps small.
+        product = 0.3 * self.gate(identity) * classes.unsqueeze(1)  # (B, T, M)
+        numbers: Tensor = self.out(product)
+        return numbers
 
 
 class UnitEmbedding(nn.Module):
@@ -114,35 +138,48 @@ class UnitEmbedding(nn.Module):
     def __init__(self, spec: HeadSpec, config: DenoiserConfig, anchor: Tensor) -> None:
         super().__init__()
         self.layout = UnitTokens(spec)
-        width = config.width
-        self.unit_in = nn.Linear(self.layout.unit_dim, width)
-        self.unit_out = nn.Linear(width, self.layout.unit_dim)
+        width, unit_dim, size = config.width, self.layout.unit_dim, config.class_path_size
+        self.unit_in = nn.Linear(unit_dim, width)
+        self.unit_out = nn.Linear(width, unit_dim)
         _zero(self.unit_out)
         if spec.bias:
             self.bias_in = nn.Linear(spec.output_dim, width)
             self.bias_out = nn.Linear(width, spec.output_dim)
             _zero(self.bias_out)
-        self.identity_in = nn.Linear(self.layout.unit_dim, width) if config.unit_identity else None
+        self.identity_in = nn.Linear(unit_dim, width) if config.unit_identity else None
+        self.class_path = ClassPath(unit_dim, size, unit_dim) if size else None
+        self.class_bias = nn.Linear(size, spec.output_dim) if size and spec.bias else None
+        if self.class_bias is not None:
+            _zero(self.class_bias)
         self.register_buffer("anchor", anchor, persistent=False)
+
+    def _identity(self) -> Tensor:
+        """What names the hidden units, (h, unit_dim): the anchor's units, or nothing but zeros."""
+        assert isinstance(self.anchor, Tensor)
+        units = self.layout.split(self.anchor.unsqueeze(0))[0].squeeze(0)  # (h, unit_dim)
+        # Unit variance within a unit, whatever the size of the anchor's weights.
+        return F.layer_norm(units, units.shape[-1:]) if self.identity_in is not None else torch.zeros_like(units)
 
     def encode(self, flat: Tensor) -> Tensor:
         """(B, P) -> (B, T, W), T = h + 1 with an output bias, else h."""
         units, output_bias = self.layout.split(flat)  # (B, h, unit_dim), (B, o)
         tokens: Tensor = self.unit_in(units)  # (B, h, W)
         if self.identity_in is not None:
-            assert isinstance(self.anchor, Tensor)
-            anchor_units, _ = self.layout.split(self.anchor.unsqueeze(0))
-            # Unit variance within a unit, whatever the size of the anchor's weights.
-            tokens = tokens + self.identity_in(F.layer_norm(anchor_units, anchor_units.shape[-1:]))
+            tokens = tokens + self.identity_in(self._identity())
         if output_bias is None:
             return tokens
         return torch.cat([tokens, self.bias_in(output_bias).unsqueeze(1)], dim=1)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """(B, T, W) -> (B, P)."""
+    def decode(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
+        """Tokens (B, T, W) and the set of classes (B, M) -> (B, P)."""
         hidden = self.layout.spec.hidden_dim
+        units = self.unit_out(tokens[:, :hidden])  # (B, h, unit_dim)
         output_bias = self.bias_out(tokens[:, hidden]) if self.layout.spec.bias else None  # (B, o)
-        return self.layout.join(self.unit_out(tokens[:, :hidden]), output_bias)
+        if self.class_path is not None:
+            units = units + self.class_path(self._identity(), classes)
+        if self.class_bias is not None:
+            output_bias = output_bias + self.class_bias(classes)
+        return self.layout.join(units, output_bias)
 
 
 class ChunkEmbedding(nn.Module):
@@ -151,9 +188,11 @@ class ChunkEmbedding(nn.Module):
     def __init__(self, spec: HeadSpec, config: DenoiserConfig) -> None:
         super().__init__()
         self.layout = ChunkTokens(spec, config.chunk_size)
-        self.chunk_in = nn.Linear(config.chunk_size, config.width)
-        self.chunk_out = nn.Linear(config.width, config.chunk_size)
-        self.position = nn.Parameter(torch.randn(self.layout.count, config.width) * 0.02)
+        width, size = config.width, config.class_path_size
+        self.chunk_in = nn.Linear(config.chunk_size, width)
+        self.chunk_out = nn.Linear(width, config.chunk_size)
+        self.position = nn.Parameter(torch.randn(self.layout.count, width) * 0.02)
+        self.class_path = ClassPath(width, size, config.chunk_size) if size else None
         _zero(self.chunk_out)
 
     def encode(self, flat: Tensor) -> Tensor:
@@ -161,9 +200,12 @@ class ChunkEmbedding(nn.Module):
         tokens: Tensor = self.chunk_in(self.layout.split(flat)) + self.position
         return tokens
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """(B, T, W) -> (B, P)."""
-        return self.layout.join(self.chunk_out(tokens))
+    def decode(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
+        """Tokens (B, T, W) and the set of classes (B, M) -> (B, P)."""
+        chunks = self.chunk_out(tokens)  # (B, T, c)
+        if self.class_path is not None:
+            chunks = chunks + self.class_path(F.layer_norm(self.position, self.position.shape[-1:]), classes)
+        return self.layout.join(chunks)
 
 
 class Denoiser(nn.Module):
@@ -193,6 +235,12 @@ class Denoiser(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.final_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         _zero(self.final_modulation[1])
+        if config.class_path_size:
+            self.text_path = nn.Linear(config.embedding_dim, config.class_path)
+            self.token_path = nn.Linear(width, config.class_path)
+            self.path_gate = nn.Sequential(nn.SiLU(), nn.Linear(width, config.class_path))
+            _zero(self.path_gate[1])
+        self.has_class_path = config.class_path_size > 0
         self.register_buffer("embedding_center", embedding_center, persistent=False)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -218,8 +266,19 @@ class Denoiser(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, context, mask[:, None, None, :])
         shift, scale = self.final_modulation(context).unsqueeze(1).chunk(2, dim=-1)
-        output: Tensor = self.weights.decode(self.norm(tokens[:, :count]) * (1 + scale) + shift)
+        tokens = self.norm(tokens) * (1 + scale) + shift  # (B, S, W)
+        classes = self._class_set(tokens[:, count:], context, condition) if self.has_class_path else None
+        output: Tensor = self.weights.decode(tokens[:, :count], classes)
         return output.float()  # (B, P)
+
+    def _class_set(self, class_tokens: Tensor, context: Tensor, condition: Condition) -> Tensor:
+        """Sum text and final tokens (B, K, W) over the classes, gate by the context (B, W) -> (B, M)."""
+        present = condition.mask.unsqueeze(-1)  # (B, K, 1)
+        root = condition.count.sqrt().unsqueeze(-1)  # (B, 1); the sum of K independent vectors grows with it
+        text = (self._centre(condition.tokens) * present).sum(1) / root  # (B, D)
+        final = (class_tokens * present).sum(1) / root  # (B, W)
+        gated: Tensor = (self.text_path(text) + self.token_path(final)) * (1 + self.path_gate(context))
+        return gated  # (B, M)
 
     def _context(self, timesteps: Tensor, condition: Condition) -> Tensor:
         count = condition.count.float().log()[:, None]  # (B, 1)

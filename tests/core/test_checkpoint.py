@@ -50,7 +50,8 @@ def replace_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("tokens", ["unit", "chunk"])
 def test_round_trip(tmp_path: Path, tokens: str) -> None:
-    denoiser = {"width": 16, "depth": 2, "heads": 2, "embedding_dim": TINY_DIM, "chunk_size": 16, "tokens": tokens}
+    sizes = {"width": 16, "depth": 2, "heads": 2, "embedding_dim": TINY_DIM, "chunk_size": 16, "class_path": 8}
+    denoiser = {**sizes, "tokens": tokens}
     written = save_tiny_checkpoint(
         tmp_path / "new" / "checkpoint",
         classes=("\N{LIZARD}", "s\u00e9a"),

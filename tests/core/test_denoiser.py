@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from tests.tiny import TINY_DIM, TINY_SPEC, tiny_condition, tiny_denoiser, tiny_space
+from tests.tiny import TINY_DIM, TINY_SPEC, randomise, tiny_condition, tiny_denoiser, tiny_space
 from text2weight.condition import Condition, condition_on_classes, pad_embeddings
-from text2weight.denoiser import DenoiserConfig, sinusoid
+from text2weight.denoiser import ClassPath, DenoiserConfig, sinusoid
 from text2weight.head import HeadSpec
 from text2weight.weight_tokens import permute_units
 
@@ -16,7 +16,9 @@ VARIANTS = [
     pytest.param({"tokens": "unit", "unit_identity": True}, id="unit-identity"),
     pytest.param({"tokens": "unit", "unit_identity": False}, id="unit"),
     pytest.param({"tokens": "unit", "class_tokens": False}, id="unit-pooled"),
+    pytest.param({"tokens": "unit", "class_path": 0}, id="unit-blocks-alone"),
     pytest.param({"tokens": "chunk"}, id="chunk"),
+    pytest.param({"tokens": "chunk", "class_tokens": False}, id="chunk-pooled"),
 ]
 ORDER = torch.tensor([2, 0, 1])
 TIMESTEPS = torch.tensor([1, 20, 40])
@@ -101,6 +103,18 @@ def test_batched_equals_alone(variant: dict[str, object], noisy: Tensor, conditi
         torch.testing.assert_close(together[i : i + 1], output, **CLOSE)
 
 
+def test_the_class_path_multiplies_what_names_a_token_with_the_class_set() -> None:
+    path = randomise(ClassPath(5, 4, 7), scale=1.0)
+    identity, classes = torch.randn(3, 5), torch.randn(2, 4)
+    numbers = path(identity, classes)
+    assert numbers.shape == (2, 3, 7)
+    gates = identity @ path.gate.weight.T + path.gate.bias  # (T, M)
+    for item in range(2):
+        for token in range(3):
+            expected = 0.3 * path.out.weight @ (gates[token] * classes[item]) + path.out.bias
+            torch.testing.assert_close(numbers[item, token], expected)
+
+
 def test_the_number_of_classes_is_known_even_without_class_tokens(noisy: Tensor) -> None:
     denoiser = tiny_denoiser(class_tokens=False)
     one = F.normalize(torch.randn(1, TINY_DIM), dim=-1)
@@ -130,7 +144,7 @@ def test_sinusoid_features() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"width": 10, "heads": 3}, {"depth": 0}, {"dropout": 1.0}, {"dropout": -0.1}, {"kind": "mlp"}, {"layers": 2}],
+    [{"width": 10, "heads": 3}, {"depth": 0}, {"class_path": -1}, {"kind": "mlp"}, {"layers": 2}],
 )
 def test_a_config_refuses_what_cannot_be_built(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.training.conftest import Toy
+from text2weight.head import HeadSpec, apply_heads, class_logits
 from text2weight_training.files import TrainingDataError
 from text2weight_training.stacked import (
     HeadRecipe,
     cosine_decay,
     heads_accuracy,
     initial_head,
+    stacked_logits,
     train_stack,
 )
 from text2weight_training.tasks import PADDING, ClassFeatures
@@ -51,6 +56,22 @@ def test_stack_equals_one_at_a_time(toy: Toy, own_starts: bool) -> None:
     alone = torch.cat([stack(toy, [task], features, start) for task, start in zip(TASKS, starts, strict=True)])
     moved = (together - starts).abs().mean()
     assert float((together - alone).abs().max()) < 1e-4 < 0.1 * float(moved)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "none"])
+def test_stacked_logits_are_those_of_the_outputs(bias: bool, activation: Literal["gelu", "none"]) -> None:
+    spec = HeadSpec(input_dim=6, hidden_dim=4, output_dim=10, bias=bias, activation=activation)
+    source = torch.Generator().manual_seed(0)
+    flat = torch.randn(3, spec.num_parameters, generator=source, requires_grad=True)
+    features = torch.randn(3, 5, 6, generator=source)
+    text = F.normalize(torch.randn(3, 7, 10, generator=source), dim=-1)
+    mask = torch.arange(7) < torch.tensor([[7], [2], [4]])
+    logits = stacked_logits(spec, flat, features, text, 20.0, mask)
+    expected = class_logits(apply_heads(spec, flat, features), text, 20.0, mask)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    slopes = [torch.autograd.grad(values.softmax(-1)[..., 0].sum(), flat)[0] for values in (logits, expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-4, rtol=1e-3)
 
 
 def test_a_heads_training_does_not_depend_on_its_neighbours_data(toy: Toy) -> None:

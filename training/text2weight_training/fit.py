@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,6 +69,8 @@ class Fit:
         self.space = WeightSpace.fit(preset.head, zoo.universal, zoo.weights)
         self._split: TaskSplit = zoo.split
         self._data = data.to(target)
+        # bf16 halves what every step gathers; the losses take the first product of a head in it.
+        self._features = replace(self._data.train, features=self._data.train.features.bfloat16())
         self._zoo_tasks = pad_tasks(zoo.split.seen).to(target)  # (n, K)
         self._zoo_clean = self.space.standardise(zoo.weights).to(target)  # (n, P)
         torch.manual_seed(preset.seed)
@@ -154,20 +156,20 @@ class Fit:
             self._split, len(self._data.classes), settings.fresh_batch, settings.fresh_task_size, generator
         ).to(device)
         tasks = _stack_tasks(self._zoo_tasks[chosen], fresh)  # (B, K), zoo items first
-        batch = make_task_batch(
-            tasks, self._data.embeddings, self._data.train, settings.samples, settings.feature_noise, generator
-        )
-        noise = torch.randn(2, len(tasks), self._zoo_clean.shape[1], generator=generator).to(device)  # (2, B, P)
+        batch = make_task_batch(tasks, self._data.embeddings, self._features, settings.samples, generator)
+        size = self._zoo_clean.shape[1]
+        start = torch.randn(len(fresh), size, generator=generator).to(device)  # (b, P)
+        noise = torch.randn(len(tasks), size, generator=generator).to(device)  # (B, P)
         is_fresh = torch.arange(len(tasks), device=device) >= settings.zoo_batch
         fresh_rows = is_fresh.nonzero().squeeze(1)
         last = torch.full((len(fresh),), schedule.num_timesteps, device=device)
         _, first = schedule.run_denoiser(
-            self._model, self.preset.prediction, noise[0, fresh_rows], last, batch.condition.select(fresh_rows)
+            self._model, self.preset.prediction, start, last, batch.condition.select(fresh_rows)
         )  # (b, P)
         clean = torch.cat([self._zoo_clean[chosen], first.detach()])  # (B, P)
         timesteps = torch.randint(1, schedule.num_timesteps + 1, (len(tasks),), generator=generator).to(device)
         diffusion, estimate = self._losses.denoise(
-            self._model, clean, timesteps, noise[1], batch.condition, only=~is_fresh
+            self._model, clean, timesteps, noise, batch.condition, only=~is_fresh
         )
         return {
             "diffusion": diffusion,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from text2weight.condition import Condition, condition_on_classes
 from text2weight.diffusion import NoiseSchedule, Prediction
-from text2weight.head import HeadSpec, apply_heads, class_logits
+from text2weight.head import HeadSpec
 from text2weight.weight_space import WeightSpace
+from text2weight_training.stacked import stacked_logits
 from text2weight_training.tasks import ClassFeatures, task_embeddings
 
 
@@ -48,15 +49,11 @@ def make_task_batch(
     embeddings: Tensor,
     features: ClassFeatures,
     samples: int,
-    feature_noise: float,
     generator: torch.Generator,
 ) -> TaskBatch:
     """Gather embeddings (C, D) and draw feature samples for tasks (B, K)."""
     text, mask = task_embeddings(embeddings, tasks)
     drawn, targets = features.sample(tasks, samples, generator)  # (B, n, d), (B, n)
-    if feature_noise:
-        spread = drawn.std(dim=(0, 1))  # (d,)
-        drawn = drawn + feature_noise * spread * torch.randn(drawn.shape, generator=generator).to(drawn.device)
     return TaskBatch(condition_on_classes(text, mask), text, mask, drawn, targets)
 
 
@@ -73,8 +70,9 @@ class DenoisingLosses:
     def task(self, clean: Tensor, batch: TaskBatch) -> Tensor:
         """L_task: cross-entropy of the heads decoded from estimates of x_0 (B, P), on real features."""
         weights = self.space.restore(clean)  # (B, P)
-        outputs = apply_heads(self.spec, weights, batch.features)  # (B, n, o)
-        logits = class_logits(outputs, batch.text, self.logit_scale, batch.mask)  # (B, n, K)
+        logits = stacked_logits(
+            self.spec, weights, batch.features, batch.text, self.logit_scale, batch.mask
+        )  # (B, n, K)
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
 
     def denoise(

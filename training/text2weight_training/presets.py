@@ -82,7 +82,6 @@ class FitSettings(_Strict):
         fresh_batch: fresh class combinations per step, for which there is no head: see `fit.py`.
         fresh_task_size: least and greatest number of classes of those.
         samples: feature samples per task for the task loss.
-        feature_noise: standard deviation of noise on those features, over theirs.
         diffusion_weight: factor of the diffusion loss.
         task_weight: factor of the task loss.
         learning_rate: AdamW's peak; warm-up, then a cosine to zero.
@@ -98,7 +97,6 @@ class FitSettings(_Strict):
     fresh_batch: PositiveInt = 32
     fresh_task_size: TaskSize = (2, 32)
     samples: PositiveInt = 128
-    feature_noise: NonNegativeFloat = 0.0
     diffusion_weight: NonNegativeFloat = 1.0
     task_weight: NonNegativeFloat = 1.0
     learning_rate: PositiveFloat = 1e-3

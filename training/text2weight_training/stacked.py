@@ -44,6 +44,41 @@ def initial_head(spec: HeadSpec, seed: int) -> Tensor:
         return spec.flatten({name: tensor.detach() for name, tensor in AdapterHead(spec).state_dict().items()})
 
 
+def stacked_logits(
+    spec: HeadSpec, flat: Tensor, features: Tensor, class_embeddings: Tensor, logit_scale: float, mask: Tensor
+) -> Tensor:
+    """`class_logits(apply_heads(...))` without forming the heads' outputs, at a fraction of the time.
+
+    The last layer is linear in the hidden activations a, so its products with the class embeddings, e.W2 a,
+    and its squared length, a.(W2'W2)a, need only matrices of the hidden size.
+
+    Args:
+        spec: the heads' specification.
+        flat: (M, P) weights.
+        features: (M, n, d); their dtype is that of the first, widest product.
+        class_embeddings: (M, K, o), L2-normalised.
+        logit_scale: s.
+        mask: (M, K) bool; False marks padding, whose logits become -inf.
+
+    Returns:
+        (M, n, K).
+    """
+    blocks = spec.unflatten(flat)
+    last = blocks["linear2.weight"]  # (M, o, h)
+    hidden = (features @ blocks["linear1.weight"].to(features.dtype).transpose(-1, -2)).to(flat.dtype)  # (M, n, h)
+    if spec.bias:
+        hidden = hidden + blocks["linear1.bias"].unsqueeze(-2)
+    if spec.activation == "gelu":
+        hidden = F.gelu(hidden)
+    if spec.bias:  # the output bias is one more column of the last layer, for an activation that is always 1
+        last = torch.cat([last, blocks["linear2.bias"].unsqueeze(-1)], dim=-1)  # (M, o, h + 1)
+        hidden = F.pad(hidden, (0, 1), value=1.0)  # (M, n, h + 1)
+    products = hidden @ (class_embeddings @ last).transpose(-1, -2)  # (M, n, K)
+    squared = ((hidden @ (last.transpose(-1, -2) @ last)) * hidden).sum(-1, keepdim=True)  # (M, n, 1)
+    logits = logit_scale * products * squared.clamp(min=1e-12).rsqrt()  # (M, n, K)
+    return logits.masked_fill(~mask.unsqueeze(-2), float("-inf"))
+
+
 def train_stack(
     spec: HeadSpec,
     start: Tensor,
@@ -83,7 +118,7 @@ def train_stack(
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * cosine_decay(step / recipe.steps)
         batch, target = features.sample(labels, recipe.batch_size, generator)  # (M, n, d), (M, n)
-        logits = class_logits(apply_heads(spec, flat, batch), targets_text, logit_scale, mask)  # (M, n, K)
+        logits = stacked_logits(spec, flat, batch.float(), targets_text, logit_scale, mask)  # (M, n, K)
         # Summed over heads and averaged over samples: each head's gradient is its own mean loss's.
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / recipe.batch_size
         optimizer.zero_grad(set_to_none=True)

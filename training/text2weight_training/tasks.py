@@ -35,7 +35,7 @@ class ClassFeatures:
     """Features sorted by class, so that a class is a range of rows.
 
     Attributes:
-        features: (N, d) fp16 or fp32.
+        features: (N, d) fp16, bf16 or fp32.
         starts: (C + 1,) row where each class begins.
     """
 
@@ -62,7 +62,7 @@ class ClassFeatures:
             generator: a CPU generator.
 
         Returns:
-            features (M, n, d) fp32 and targets (M, n), positions within the task.
+            features (M, n, d), of the stored type, and targets (M, n), positions within the task.
         """
         device = self.features.device
         sizes = (tasks != PADDING).sum(1, keepdim=True)  # (M, 1)
@@ -71,7 +71,7 @@ class ClassFeatures:
         labels = tasks.gather(1, targets)  # (M, n)
         first, last = self.starts[labels], self.starts[labels + 1]
         rows = first + (draws[1] * (last - first)).long()  # (M, n)
-        return self.features[rows].float(), targets
+        return self.features[rows], targets
 
     def of_task(self, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
         """All features of a task's classes: (N', d) fp32 and targets (N',), positions within the task."""
