@@ -99,6 +99,8 @@ def prior_attention(embeddings: Tensor, mask: Tensor) -> Tensor:
 class Condition:
     """A padded batch of conditions: a pooled vector, a set of tokens, and how many tokens there are.
 
+    An item without any class is the null condition: it says nothing about the head.
+
     Attributes:
         pooled: (B, D).
         tokens: (B, K, D), one per class.
@@ -121,6 +123,19 @@ class Condition:
     def select(self, index: Tensor) -> Condition:
         """The items at `index` (b,)."""
         return Condition(self.pooled[index], self.tokens[index], self.mask[index])
+
+    def drop(self, dropped: Tensor) -> Condition:
+        """Put the null condition in place of the items where `dropped` (B,) bool is True."""
+        kept = ~dropped.unsqueeze(-1)  # (B, 1)
+        return Condition(self.pooled * kept, self.tokens * kept.unsqueeze(-1), self.mask & kept)
+
+    def join(self, other: Condition) -> Condition:
+        """These items, then those of `other`, which are padded to the same K."""
+        return Condition(
+            torch.cat([self.pooled, other.pooled]),
+            torch.cat([self.tokens, other.tokens]),
+            torch.cat([self.mask, other.mask]),
+        )
 
 
 def condition_on_classes(embeddings: Tensor, mask: Tensor) -> Condition:

@@ -12,16 +12,27 @@ product so slowly that they stay on one head for all tasks for hundreds of steps
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from text2weight.condition import Condition
 from text2weight.head import HeadSpec
 from text2weight.weight_tokens import ChunkTokens, UnitTokens
+
+# A checkpoint's hash covers its config as written, and older checkpoints were written without these fields.
+_ADDED_FIELDS = {"pooled": True, "null_condition": False}
 
 
 class DenoiserConfig(BaseModel):
@@ -34,8 +45,10 @@ class DenoiserConfig(BaseModel):
         unit_identity: tell hidden units apart by the anchor head's units (unit tokens only). Without it
             the denoiser is exactly equivariant to permutations of the sample's units; with it, to joint
             permutations of anchor and sample.
-        class_tokens: let weight tokens attend to one token per class, beside the pooled vector.
+        pooled: tell the blocks the pooled text vector. The number of classes they learn in any case.
+        class_tokens: let weight tokens attend to one token per class.
         class_path: M, inner size of the class path (class tokens only); 0 leaves it out.
+        null_condition: learn what to answer without a condition, for classifier-free guidance.
         width: W.
         depth: number of blocks.
         heads: attention heads per block.
@@ -49,8 +62,10 @@ class DenoiserConfig(BaseModel):
     tokens: Literal["unit", "chunk"] = "unit"
     chunk_size: PositiveInt = 576
     unit_identity: bool = True
+    pooled: bool = True
     class_tokens: bool = True
     class_path: NonNegativeInt = 512
+    null_condition: bool = False
     width: PositiveInt = 384
     depth: PositiveInt = 6
     heads: PositiveInt = 6
@@ -62,6 +77,18 @@ class DenoiserConfig(BaseModel):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
+
+    @model_validator(mode="after")
+    def _reads_the_text(self) -> DenoiserConfig:
+        if not (self.pooled or self.class_tokens):
+            raise ValueError("pooled and class_tokens are both false: the text is read through one of them at least")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_added_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write fields that were added to the format only where they differ from what was fixed before."""
+        content: dict[str, Any] = serialise(self)
+        return {name: value for name, value in content.items() if (name, value) not in _ADDED_FIELDS.items()}
 
     @property
     def class_path_size(self) -> int:
@@ -228,7 +255,7 @@ class Denoiser(nn.Module):
         width = config.width
         self.weights = UnitEmbedding(spec, config, anchor) if config.tokens == "unit" else ChunkEmbedding(spec, config)
         self.class_in = nn.Linear(config.embedding_dim, width) if config.class_tokens else None
-        self.pooled_in = nn.Linear(config.embedding_dim, width)
+        self.pooled_in = nn.Linear(config.embedding_dim, width) if config.pooled else None
         self.count_in = nn.Linear(1, width)
         self.timestep_in = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -241,6 +268,8 @@ class Denoiser(nn.Module):
             self.path_gate = nn.Sequential(nn.SiLU(), nn.Linear(width, config.class_path))
             _zero(self.path_gate[1])
         self.has_class_path = config.class_path_size > 0
+        # In place of the pooled vector and the count; an item without classes has no class tokens either.
+        self.null_context = nn.Parameter(torch.zeros(width)) if config.null_condition else None
         self.register_buffer("embedding_center", embedding_center, persistent=False)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -249,7 +278,7 @@ class Denoiser(nn.Module):
         Args:
             noisy: (B, P) standardised weights at each item's timestep.
             timesteps: (B,) integers 0..N.
-            condition: B items.
+            condition: B items; null conditions among them only with `null_condition`.
 
         Returns:
             (B, P).
@@ -274,20 +303,23 @@ class Denoiser(nn.Module):
     def _class_set(self, class_tokens: Tensor, context: Tensor, condition: Condition) -> Tensor:
         """Sum text and final tokens (B, K, W) over the classes, gate by the context (B, W) -> (B, M)."""
         present = condition.mask.unsqueeze(-1)  # (B, K, 1)
-        root = condition.count.sqrt().unsqueeze(-1)  # (B, 1); the sum of K independent vectors grows with it
+        # The sum of K independent vectors grows with its root.
+        root = condition.count.clamp(min=1).sqrt().unsqueeze(-1)  # (B, 1)
         text = (self._centre(condition.tokens) * present).sum(1) / root  # (B, D)
         final = (class_tokens * present).sum(1) / root  # (B, W)
         gated: Tensor = (self.text_path(text) + self.token_path(final)) * (1 + self.path_gate(context))
         return gated  # (B, M)
 
     def _context(self, timesteps: Tensor, condition: Condition) -> Tensor:
-        count = condition.count.float().log()[:, None]  # (B, 1)
-        context: Tensor = (
-            self.timestep_in(sinusoid(timesteps, 256))
-            + self.pooled_in(self._centre(condition.pooled))
-            + self.count_in(count)
-        )
-        return context  # (B, W)
+        is_null = (condition.count == 0).unsqueeze(-1)  # (B, 1)
+        count: Tensor = self.count_in(condition.count.clamp(min=1).float().log()[:, None])  # (B, W)
+        if self.null_context is not None:
+            count = torch.where(is_null, self.null_context.to(count.dtype), count)
+        context: Tensor = self.timestep_in(sinusoid(timesteps, 256))  # (B, W)
+        if self.pooled_in is not None:
+            pooled: Tensor = self.pooled_in(self._centre(condition.pooled))  # (B, W)
+            context = context + pooled.masked_fill(is_null, 0)
+        return context + count
 
     def _centre(self, embeddings: Tensor) -> Tensor:
         assert isinstance(self.embedding_center, Tensor)

@@ -74,16 +74,45 @@ class NoiseSchedule(BaseModel):
         noisy: Tensor,
         timesteps: Tensor,
         condition: Condition,
+        guidance_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Evaluate a denoiser at x_n = noisy (B, P), timesteps (B,): its output and its estimate of x_0, both (B, P).
+
+        With `guidance_scale` s (B,) the estimate is null + s (cond - null), where `null` is that under the null
+        condition (classifier-free guidance, arXiv 2207.12598). Items with s = 1 need only `cond`; the others' two
+        halves go through the network in the same call.
 
         A network that predicts x_0 is shown sqrt(abar_n) x_n, the best linear estimate of x_0 (its entries have unit
         variance). Near n = N that hides the noise, which says nothing about x_0 there and would only drown the
         condition. One that predicts noise or v has to see it.
         """
         shown = noisy * self.signal_and_noise(timesteps)[0] if prediction == "x0" else noisy  # (B, P)
-        output = denoiser(shown, timesteps, condition)  # (B, P)
+        if guidance_scale is None:
+            output = denoiser(shown, timesteps, condition)  # (B, P)
+        else:
+            output = _run_guided(denoiser, shown, timesteps, condition, guidance_scale)  # (B, P)
         return output, self.to_clean(prediction, output, noisy, timesteps)
+
+
+def _run_guided(
+    denoiser: Callable[[Tensor, Tensor, Condition], Tensor],
+    shown: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    scale: Tensor,
+) -> Tensor:
+    """null + s (cond - null) of the network's outputs (B, P).
+
+    The estimate of x_0 is an affine function of the output, so it is combined in the same proportions.
+    """
+    guided = (scale != 1).nonzero().squeeze(1)  # (b,)
+    null = condition.select(guided).drop(torch.ones_like(guided, dtype=torch.bool))
+    both = denoiser(
+        torch.cat([shown, shown[guided]]), torch.cat([timesteps, timesteps[guided]]), condition.join(null)
+    )  # (B + b, P)
+    output, without = both[: len(shown)], both[len(shown) :]  # (B, P), (b, P)
+    combined = without + scale[guided, None] * (output[guided] - without)  # (b, P)
+    return output.index_copy(0, guided, combined)
 
 
 # Cached here and not on the schedule: a copy of a model with other fields would carry the old values along.

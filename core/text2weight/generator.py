@@ -29,6 +29,7 @@ from text2weight.text_encoder import TextEncoder, load_text_encoder
 MAX_SEED = 2**63 - 1
 # A checkpoint's own text encoder lies in this folder of it.
 BUNDLED_TEXT_ENCODER = "text_encoder"
+MAX_GUIDANCE_SCALE = 20.0
 DEFAULT_STEPS = 20  # of a sampler that the checkpoint names no step count for
 
 
@@ -51,6 +52,8 @@ class GenerationRequest:
         seed: 0..2**63 - 1; equal requests give equal heads.
         steps: number of denoiser calls.
         sampler: one of `samplers.SAMPLERS`.
+        guidance_scale: s of classifier-free guidance, 0..20; 1 is the condition alone and costs nothing, other
+            values need a checkpoint trained with condition dropout and twice the computation.
     """
 
     classes: tuple[str, ...]
@@ -58,6 +61,24 @@ class GenerationRequest:
     seed: int = 0
     steps: int = 1
     sampler: str = "mean"
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """What one denoiser call of a batch was shown and what it answered, as flat head weights on the CPU.
+
+    Attributes:
+        items: positions in the batch of the b requests that made this call.
+        timesteps: (b,) n.
+        samples: (b, P) x_n, before the call.
+        estimates: (b, P) the estimates of x_0.
+    """
+
+    items: tuple[int, ...]
+    timesteps: Tensor
+    samples: Tensor
+    estimates: Tensor
 
 
 class Generator:
@@ -109,7 +130,13 @@ class Generator:
         return cls(checkpoint, text_encoder, device)
 
     def generate(
-        self, classes: Sequence[str], *, seed: int = 0, steps: int | None = None, sampler: str | None = None
+        self,
+        classes: Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance_scale: float = 1.0,
     ) -> HeadArtifact:
         """Generate a head for class names.
 
@@ -118,6 +145,7 @@ class Generator:
             seed: 0..2**63 - 1.
             steps: denoiser calls; the checkpoint's default where not given.
             sampler: likewise.
+            guidance_scale: see `GenerationRequest`.
 
         Raises:
             InvalidInputError: `field` says which argument, the message what is allowed.
@@ -125,7 +153,13 @@ class Generator:
         names = normalise_class_names(classes)
         embeddings = self.text_encoder.encode(self.prompts(names))  # (K, D)
         sampler, steps = self.resolve_sampling(sampler, steps)
-        return self.generate_batch([GenerationRequest(names, embeddings, seed, steps, sampler)])[0]
+        request = GenerationRequest(names, embeddings, seed, steps, sampler, guidance_scale)
+        return self.generate_batch([request])[0]
+
+    @property
+    def denoiser_parameters(self) -> int:
+        """How many parameters the denoiser has."""
+        return sum(parameter.numel() for parameter in self._denoiser.parameters())
 
     def prompts(self, classes: Sequence[str]) -> list[str]:
         """Put class names into the checkpoint's prompt template."""
@@ -152,12 +186,28 @@ class Generator:
         if not 0 <= request.seed <= MAX_SEED:
             raise InvalidInputError("seed", f"seed is {request.seed}: allowed are 0 to {MAX_SEED}")
         check_sampler(request.sampler, request.steps, self.config.schedule.num_timesteps)
+        self._check_guidance(request.guidance_scale)
         expected = (len(request.classes), self.config.denoiser.embedding_dim)
         if tuple(request.embeddings.shape) != expected:
             raise InvalidInputError("classes", f"embeddings are {tuple(request.embeddings.shape)}, expected {expected}")
 
+    def _check_guidance(self, scale: float) -> None:
+        if not 0 <= scale <= MAX_GUIDANCE_SCALE:  # not a number is refused too
+            raise InvalidInputError(
+                "guidance_scale", f"guidance_scale is {scale}: allowed are 0 to {MAX_GUIDANCE_SCALE:g}"
+            )
+        if scale != 1 and not self.config.denoiser.null_condition:
+            raise InvalidInputError(
+                "guidance_scale",
+                f"guidance_scale is {scale}: this checkpoint was trained without condition dropout, only 1 is allowed",
+            )
+
     def generate_batch(
-        self, requests: Sequence[GenerationRequest], *, on_step: Callable[[int], None] | None = None
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_step: Callable[[int], None] | None = None,
+        on_call: Callable[[DenoiserCall], None] | None = None,
     ) -> list[HeadArtifact]:
         """Generate several heads in one reverse diffusion.
 
@@ -166,6 +216,7 @@ class Generator:
         Args:
             requests: at least one.
             on_step: called with the number of finished denoiser calls after each.
+            on_call: called after each with its samples and estimates, to watch a sampler at work.
 
         Raises:
             InvalidInputError: see `check`.
@@ -175,17 +226,22 @@ class Generator:
         padded, mask = pad_embeddings([request.embeddings.float() for request in requests])  # (B, K, D), (B, K)
         condition = condition_on_classes(padded, mask).to(self.device)
         with self._lock, torch.inference_mode():
-            standardised = self._sample(requests, condition, on_step)  # (B, P)
+            standardised = self._sample(requests, condition, on_step, on_call)  # (B, P)
             weights = self._space.restore(standardised).cpu()  # (B, P)
         return [self._to_artifact(request, row) for request, row in zip(requests, weights, strict=True)]
 
     def _sample(
-        self, requests: Sequence[GenerationRequest], condition: Condition, on_step: Callable[[int], None] | None
+        self,
+        requests: Sequence[GenerationRequest],
+        condition: Condition,
+        on_step: Callable[[int], None] | None,
+        on_call: Callable[[DenoiserCall], None] | None,
     ) -> Tensor:
         """Run every request's sampler from noise to an estimate, (B, P) in the standardised space."""
         schedule, prediction = self.config.schedule, self.config.prediction
         plans = [make_plan(request.sampler, request.steps, schedule) for request in requests]
         sources = [torch.Generator().manual_seed(request.seed) for request in requests]
+        scales = torch.tensor([request.guidance_scale for request in requests])  # (B,)
         noisy = torch.stack([self._noise(source) for source in sources]).to(self.device)  # (B, P)
         previous = torch.zeros_like(noisy)  # (B, P) the last estimates, for multistep samplers
         for call in range(max(len(plan) for plan in plans)):
@@ -193,9 +249,13 @@ class Generator:
             index = torch.tensor(active, device=self.device)
             steps = [plans[i][call] for i in active]
             timesteps = torch.tensor([step.timestep for step in steps], device=self.device)  # (b,)
+            guidance = scales[active].to(self.device) if bool((scales[active] != 1).any()) else None  # (b,)
             _, clean = schedule.run_denoiser(
-                self._denoiser, prediction, noisy[index], timesteps, condition.select(index)
+                self._denoiser, prediction, noisy[index], timesteps, condition.select(index), guidance
             )  # (b, P)
+            if on_call is not None:
+                samples, estimates = (self._space.restore(x).cpu() for x in (noisy[index], clean))  # (b, P)
+                on_call(DenoiserCall(tuple(active), timesteps.cpu(), samples, estimates))
             draws = torch.stack(
                 [
                     self._noise(sources[i]) if step.noise else torch.zeros(noisy.shape[1])
@@ -228,6 +288,8 @@ class Generator:
             "backbone": str(self.config.backbone.get("name", "unknown")),
             "created_by": created_by(),
         }
+        if request.guidance_scale != 1:
+            metadata["guidance_scale"] = repr(float(request.guidance_scale))
         # A copy: the request's embeddings may sit in a cache that other requests read.
         embeddings = request.embeddings.to("cpu", torch.float32, copy=True)  # (K, D)
         return HeadArtifact(tensors, embeddings, metadata)

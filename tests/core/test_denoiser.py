@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ VARIANTS = [
     pytest.param({"tokens": "unit", "unit_identity": False}, id="unit"),
     pytest.param({"tokens": "unit", "class_tokens": False}, id="unit-pooled"),
     pytest.param({"tokens": "unit", "class_path": 0}, id="unit-blocks-alone"),
+    pytest.param({"pooled": False}, id="unit-class-tokens-alone"),
+    pytest.param({"null_condition": True}, id="unit-null"),
     pytest.param({"tokens": "chunk"}, id="chunk"),
     pytest.param({"tokens": "chunk", "class_tokens": False}, id="chunk-pooled"),
 ]
@@ -126,8 +130,72 @@ def test_the_number_of_classes_is_known_even_without_class_tokens(noisy: Tensor)
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
 
 
+def test_without_the_pooled_vector_it_is_not_read(noisy: Tensor, condition: Condition) -> None:
+    denoiser = tiny_denoiser(pooled=False)
+    other = replace(condition, pooled=torch.randn_like(condition.pooled))
+    assert torch.equal(denoiser(noisy, TIMESTEPS, condition), denoiser(noisy, TIMESTEPS, other))
+    assert not torch.allclose(*(tiny_denoiser()(noisy, TIMESTEPS, each) for each in (condition, other)), atol=1e-3)
+
+
+NULL_VARIANTS = [{}, {"pooled": False}, {"class_tokens": False}, {"tokens": "chunk"}]
+
+
+@pytest.mark.parametrize("variant", NULL_VARIANTS)
+def test_the_null_condition_says_nothing_about_the_text(variant: dict[str, object], noisy: Tensor) -> None:
+    denoiser = tiny_denoiser(null_condition=True, **variant)
+    everything = torch.ones(3, dtype=torch.bool)
+    outputs = [
+        denoiser(noisy, TIMESTEPS, tiny_condition(counts, seed).drop(everything))
+        for counts, seed in (((2, 5, 3), 3), ((4, 2, 7), 9))
+    ]
+    assert bool(torch.isfinite(outputs[0]).all())
+    torch.testing.assert_close(outputs[0], outputs[1], **CLOSE)
+    # That no class is present decides, whatever the vectors hold.
+    text = tiny_condition()
+    unread = replace(text, mask=torch.zeros_like(text.mask))
+    torch.testing.assert_close(denoiser(noisy, TIMESTEPS, unread), outputs[0], **CLOSE)
+
+
+@pytest.mark.parametrize("variant", NULL_VARIANTS)
+def test_a_null_condition_leaves_the_other_items_alone(
+    variant: dict[str, object], noisy: Tensor, condition: Condition
+) -> None:
+    denoiser = tiny_denoiser(null_condition=True, **variant)
+    full = denoiser(noisy, TIMESTEPS, condition)
+    mixed = denoiser(noisy, TIMESTEPS, condition.drop(torch.tensor([False, True, False])))
+    torch.testing.assert_close(mixed[[0, 2]], full[[0, 2]], **CLOSE)
+    assert float((mixed[1] - full[1]).detach().abs().max()) > 1e-3
+
+
+def test_what_is_answered_without_a_condition_is_learned(noisy: Tensor, condition: Condition) -> None:
+    denoiser = tiny_denoiser(null_condition=True)
+    denoiser(noisy, TIMESTEPS, condition.drop(torch.tensor([True, False, False]))).square().sum().backward()
+    assert denoiser.null_context is not None
+    assert float(denoiser.null_context.grad.abs().max()) > 0
+
+
+def test_the_null_condition_costs_the_other_weights_nothing() -> None:
+    """A switch draws no random numbers: all other parameters start as they do without it."""
+    torch.manual_seed(0)
+    plain = tiny_denoiser(seed=None).state_dict()
+    torch.manual_seed(0)
+    switched = tiny_denoiser(seed=None, null_condition=True).state_dict()
+    assert set(switched) - set(plain) == {"null_context"}
+    assert all(torch.equal(switched[name], tensor) for name, tensor in plain.items())
+
+
+def test_added_fields_are_written_only_where_they_are_used() -> None:
+    """Hashes of checkpoints from before these fields cover a config without them."""
+    assert not {"pooled", "null_condition"} & set(DenoiserConfig().model_dump(mode="json"))
+    for changes in ({"pooled": False}, {"null_condition": True}):
+        config = DenoiserConfig(**changes)
+        written = config.model_dump(mode="json")
+        assert changes.items() <= written.items()
+        assert DenoiserConfig.model_validate(written) == config
+
+
 def test_gradients_reach_every_parameter(noisy: Tensor, condition: Condition) -> None:
-    for variant in ({}, {"tokens": "chunk"}):
+    for variant in ({}, {"tokens": "chunk"}, {"pooled": False}, {"null_condition": True}):
         denoiser = tiny_denoiser(**variant)
         denoiser(noisy, TIMESTEPS, condition).square().mean().backward()
         assert not [name for name, parameter in denoiser.named_parameters() if parameter.grad is None]
@@ -144,7 +212,14 @@ def test_sinusoid_features() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"width": 10, "heads": 3}, {"depth": 0}, {"class_path": -1}, {"kind": "mlp"}, {"layers": 2}],
+    [
+        {"width": 10, "heads": 3},
+        {"depth": 0},
+        {"class_path": -1},
+        {"kind": "mlp"},
+        {"layers": 2},
+        {"pooled": False, "class_tokens": False},
+    ],
 )
 def test_a_config_refuses_what_cannot_be_built(bad: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -16,7 +16,7 @@ from text2weight import GenerationRequest, Generator, HeadArtifact, read_head
 from text2weight.checkpoint import TextEncoderConfig, load_checkpoint, save_checkpoint
 from text2weight.condition import condition_on_classes, pad_embeddings
 from text2weight.errors import CheckpointError, InvalidInputError
-from text2weight.generator import MAX_SEED
+from text2weight.generator import MAX_SEED, DenoiserCall
 from text2weight.samplers import SAMPLERS, make_plan, take_steps
 from text2weight.text_encoder import EmbeddingTable, TableTextEncoder
 
@@ -146,6 +146,31 @@ def test_progress_is_reported_and_can_stop_the_work(generator: Generator) -> Non
     with pytest.raises(TimeoutError, match="after 1"):
         generator.generate_batch(requests, on_step=stop)
     assert len(generator.generate_batch(requests)) == 2
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_a_watcher_sees_every_call_and_changes_nothing(generator: Generator, sampler: str) -> None:
+    requests = [request_for(generator, seed=seed, steps=steps, sampler=sampler) for seed, steps in ((1, 2), (7, 4))]
+    calls: list[DenoiserCall] = []
+    watched = generator.generate_batch(requests, on_call=calls.append)
+    for artifact, alone in zip(watched, generator.generate_batch(requests), strict=True):
+        assert artifact.to_bytes() == alone.to_bytes()
+    assert [call.items for call in calls] == [(0, 1), (0, 1), (1,), (1,)]
+    schedule = generator.config.schedule
+    plan = [step.timestep for step in make_plan(sampler, 4, schedule)]
+    assert [int(call.timesteps[-1]) for call in calls] == plan
+    # The first sample is the request's noise, the last estimate the head.
+    space = load_checkpoint(generator.path).space
+    noise = torch.randn(TINY_SPEC.num_parameters, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(calls[0].samples[1], space.restore(noise), **CLOSE)
+    torch.testing.assert_close(calls[1].estimates[0], flat(watched[0]), **CLOSE)
+    torch.testing.assert_close(calls[3].estimates[0], flat(watched[1]), **CLOSE)
+    # Each sample is what the step before made of its sample and estimates.
+    if sampler == "ddim":
+        step = make_plan(sampler, 4, schedule)[0]
+        before, estimate = (space.standardise(x[1:]) for x in (calls[0].samples, calls[0].estimates))
+        moved = take_steps([step], before, estimate, torch.zeros_like(before), torch.zeros_like(before))
+        torch.testing.assert_close(calls[1].samples[1:], space.restore(moved), **CLOSE)
 
 
 def test_threads_can_share_a_generator(generator: Generator) -> None:

@@ -16,7 +16,8 @@ from text2weight.checkpoint import read_config
 from text2weight.generator import Generator
 from text2weight_training import fit as fit_module
 from text2weight_training.files import TrainingDataError
-from text2weight_training.fit import Fit, draw_fresh_tasks, learning_rate_factor
+from text2weight_training.fit import Fit, learning_rate_factor
+from text2weight_training.splits import draw_fresh_tasks
 from text2weight_training.tasks import PADDING, TaskSplit
 from text2weight_training.zoo import build_zoo
 

@@ -14,9 +14,9 @@ from tests.training.conftest import Toy
 from tests.training.toy import toy_features, write_preset
 from text2weight.checkpoint import read_config
 from text2weight_training.feature_file import write_feature_file
-from text2weight_training.model_cli import evaluate_app, fit_app, train_app, zoo_app
+from text2weight_training.model_cli import evaluate_app, fit_app, results_app, train_app, zoo_app
 
-APPS = {"zoo": zoo_app, "fit": fit_app, "evaluate": evaluate_app, "train": train_app}
+APPS = {"zoo": zoo_app, "fit": fit_app, "evaluate": evaluate_app, "train": train_app, "results": results_app}
 
 
 def run(app: typer.Typer, *arguments: object) -> Result:

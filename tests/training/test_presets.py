@@ -37,6 +37,10 @@ def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
         ({"zoo__task_size": [6, 3]}, r"zoo.task_size: .*2 <= least <= greatest"),
         ({"fit__fresh_task_size": [1, 3]}, r"fit.fresh_task_size: .*2 <= least <= greatest"),
         ({"zoo__unseen_fraction": 0.001}, "leave one side empty"),
+        ({"zoo__held_out_pairs": 1.5}, "zoo.held_out_pairs.*1.5 must be a whole number of pairs, or a fraction"),
+        ({"zoo__held_out_pairs": -2}, "zoo.held_out_pairs"),
+        ({"zoo__held_out_classes": 1.0}, "zoo.held_out_classes: Input should be less than 1"),
+        ({"suites__accuracy": {"task": 5}}, "suites.accuracy.task: Extra inputs are not permitted"),
         ({"evaluation__samplers": [["mean", 1], ["euler", 4]]}, "evaluation.samplers.1.0"),
         ({"evaluation__samplers": [["mean", 1], ["mean", 4]]}, "'mean' makes exactly 1"),
         ({"evaluation__samplers": [["mean", 1], ["ddim", 41]]}, "allowed are 1 to 40"),
@@ -44,12 +48,56 @@ def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
         ({"evaluation__tasks": 13}, "the zoo keeps only 12 unseen tasks"),
         ({"denoiser__embedding_dim": 9}, "must both be the size of a class embedding"),
         ({"head__logits": "plain"}, "head.logits must be cosine"),
+        ({"scaling": "max"}, "scaling: Input should be 'standardise' or 'min_max'"),
+        ({"fit__symmetry_weight": -0.1}, "fit.symmetry_weight: Input should be greater than or equal to 0"),
+        ({"fit__condition_dropout": 1.1}, "fit.condition_dropout: Input should be less than or equal to 1"),
+        (
+            {"fit__permute_units": True, "scaling": "min_max"},
+            "fit.permute_units contradicts denoiser.unit_identity.*set denoiser.unit_identity to false",
+        ),
+        (
+            {"fit__permute_units": True, "denoiser__tokens": "chunk"},
+            "fit.permute_units contradicts scaling standardise.*set scaling to min_max",
+        ),
+        ({"fit__condition_dropout": 0.1}, "denoiser.null_condition is false: set both or neither"),
+        ({"denoiser__null_condition": True}, "fit.condition_dropout 0.0 trains .* is true: set both or neither"),
+        ({"denoiser__pooled": False, "denoiser__class_tokens": False}, "denoiser: .*pooled and class_tokens are both"),
     ],
 )
 def test_what_is_not_allowed_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = write_preset(tmp_path / "toy.yaml", **changes)
     with pytest.raises(TrainingDataError, match=f"preset toy.yaml is not valid: .*{message}"):
         load_preset(str(path))
+
+
+@pytest.mark.parametrize("identity", [{"denoiser__tokens": "chunk"}, {"denoiser__unit_identity": False}])
+def test_units_without_names_may_be_permuted(identity: dict[str, Any]) -> None:
+    assert toy_preset(fit__permute_units=True, scaling="min_max", **identity).fit.permute_units
+
+
+def test_the_papers_preset_is_what_the_paper_describes() -> None:
+    paper = load_preset("paper")
+    assert (paper.denoiser.tokens, paper.denoiser.chunk_size) == ("chunk", 576)
+    assert (paper.denoiser.width, paper.denoiser.depth) == (1024, 6)
+    assert not paper.denoiser.class_tokens
+    assert (paper.prediction, paper.schedule.kind, paper.schedule.num_timesteps) == ("epsilon", "linear", 1000)
+    assert paper.scaling == "min_max"
+    fit = paper.fit
+    weights = (fit.diffusion_weight, fit.symmetry_weight, fit.adversarial_weight, fit.task_weight)
+    assert weights == (1.0, 0.1, 0.01, 0.0)
+    assert fit.fresh_items == 0
+    assert paper.sampler in ("ddpm", "ddim")
+
+
+def test_the_papers_preset_can_be_fitted_on_the_small_ones_zoo() -> None:
+    """Everything a zoo's manifest records of a preset."""
+    paper, small = load_preset("paper"), load_preset("small")
+    assert (paper.zoo, paper.head, paper.logit_scale, paper.seed) == (
+        small.zoo,
+        small.head,
+        small.logit_scale,
+        small.seed,
+    )
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,26 @@ PRESET: dict[str, Any] = {
         "oracle": {"steps": 80, "batch_size": 32, "learning_rate": 3e-2, "weight_decay": 0.0},
         "bootstrap": 200,
     },
+    "suites": {
+        "accuracy": {
+            "tasks": 5,
+            "oracle_seeds": 2,
+            "restricted_universal": {"steps": 60, "batch_size": 32, "learning_rate": 1e-2, "weight_decay": 0.0},
+            "restricted_tasks": 8,
+            "hypernetwork": {"steps": 60, "batch_size": 16, "learning_rate": 1e-2, "weight_decay": 0.0},
+            "bootstrap": 100,
+        },
+        "denoising": {"tasks": 6, "samplers": [["ddpm", 4], ["dpmpp_2m", 3]], "bootstrap": 100},
+        "reading": {"tasks": 8, "samplers": [["mean", 1], ["ddim", 3]], "bootstrap": 100},
+        "fuse": {"pairs": 5, "task_size": 3, "samplers": [["mean", 1], ["ddim", 3]], "bootstrap": 100},
+        "memorisation": {
+            "tasks": 6,
+            "samplers": [["mean", 1], ["ddpm", 4]],
+            "seeds": 2,
+            "neighbours": [2, 3],
+            "bootstrap": 100,
+        },
+    },
 }
 
 
@@ -68,6 +88,18 @@ def preset_dict(**changes: Any) -> dict[str, Any]:
 
 def toy_preset(**changes: Any) -> Preset:
     return Preset.model_validate(preset_dict(**changes))
+
+
+def hard_preset(**changes: Any) -> Preset:
+    """A small zoo with held-out classes and pairs, of the toy problem."""
+    settings = {
+        "zoo__tasks": 32,
+        "zoo__task_size": [2, 4],
+        "zoo__held_out_classes": 0.25,
+        "zoo__held_out_pairs": 4,
+        "fit__fresh_task_size": [2, 5],
+    }
+    return toy_preset(**settings | changes)
 
 
 def write_preset(path: Path, **changes: Any) -> Path:

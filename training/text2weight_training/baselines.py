@@ -1,11 +1,12 @@
 """What a generated head is compared with: heads that need no denoiser, and the oracle that needs the data.
 
-Letters: M tasks, n zoo heads, P numbers in one head, D embedding size, C classes.
+Letters: M tasks, n zoo heads, P numbers in one head, D embedding size, C classes, K classes of a task,
+N features of a task, d feature size, s samples per task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,18 +16,24 @@ from torch import Tensor
 
 from text2weight.condition import prior_attention
 from text2weight.head import HeadSpec
-from text2weight_training.stacked import HeadRecipe, heads_accuracy, train_stack
+from text2weight.weight_space import WeightSpace
+from text2weight_training.files import TrainingDataError
+from text2weight_training.presets import Preset
+from text2weight_training.splits import draw_fresh_tasks, training_center
+from text2weight_training.stacked import HeadRecipe, cosine_decay, heads_accuracy, stacked_logits, train_stack
 from text2weight_training.tasks import TaskData, pad_tasks, task_embeddings
 from text2weight_training.zoo import Zoo
 
 RIDGE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 Tasks = Sequence[tuple[int, ...]]
+# A classifier that is no head: (task's labels, features (N, d)) -> scores (N, K).
+Predictor = Callable[[tuple[int, ...], Tensor], Tensor]
 
 
-def pooled_text(data: TaskData, tasks: Tasks) -> Tensor:
-    """Centred prior-attention vector of every task, (M, D)."""
+def pooled_text(data: TaskData, tasks: Tasks, center: Tensor) -> Tensor:
+    """Prior-attention vector of every task, (M, D), less a centre (D,) that all class embeddings share."""
     embeddings, mask = task_embeddings(data.embeddings, pad_tasks(tasks))
-    return prior_attention(embeddings, mask) - data.embeddings.mean(0)
+    return prior_attention(embeddings, mask) - center
 
 
 def class_indicators(data: TaskData, tasks: Tasks) -> Tensor:
@@ -37,11 +44,71 @@ def class_indicators(data: TaskData, tasks: Tasks) -> Tensor:
     return indicators
 
 
+def text_similarity(data: TaskData, zoo: Zoo, tasks: Tasks) -> Tensor:
+    """Cosine between the pooled texts of tasks and of the zoo's tasks, (M, n)."""
+    center = training_center(data.embeddings, zoo.split)
+    here = F.normalize(pooled_text(data, tasks, center), dim=-1)  # (M, D)
+    there = F.normalize(pooled_text(data, zoo.split.seen, center), dim=-1)  # (n, D)
+    return here @ there.T
+
+
 def nearest_heads(data: TaskData, zoo: Zoo, tasks: Tasks) -> Tensor:
     """For every task the zoo head whose pooled text is closest by cosine, (M, P)."""
-    here = F.normalize(pooled_text(data, tasks), dim=-1)  # (M, D)
-    there = F.normalize(pooled_text(data, zoo.split.seen), dim=-1)  # (n, D)
-    return zoo.weights[(here @ there.T).argmax(1)]
+    return zoo.weights[text_similarity(data, zoo, tasks).argmax(1)]
+
+
+def overlapping_heads(data: TaskData, zoo: Zoo, tasks: Tasks) -> Tensor:
+    """For every task the zoo head with the largest class overlap, shared classes over all classes of both: (M, P).
+
+    A task that shares no class with any zoo task gets the universal head.
+    """
+    here, there = class_indicators(data, tasks), class_indicators(data, zoo.split.seen)  # (M, C), (n, C)
+    shared = here @ there.T  # (M, n)
+    overlap = shared / (here.sum(1, keepdim=True) + there.sum(1) - shared)  # (M, n)
+    best, index = overlap.max(1)
+    return torch.where(best[:, None] > 0, zoo.weights[index], zoo.universal)
+
+
+def neighbour_average_heads(
+    data: TaskData, zoo: Zoo, tasks: Tasks, spec: HeadSpec, samples: int = 512
+) -> tuple[Tensor, int]:
+    """Average of the k zoo heads whose pooled text is closest by cosine.
+
+    k is the power of two with the best accuracy on training features of a tenth of the zoo's tasks, which are no
+    neighbours of anything while it is chosen.
+
+    Args:
+        data: features and embeddings.
+        zoo: the heads.
+        tasks: M class lists.
+        spec: the heads' specification.
+        samples: training features per task on which k is chosen.
+
+    Returns:
+        (M, P) and k.
+    """
+    count = len(zoo.weights)
+    held_out = max(1, count // 10)
+    known = zoo.weights[held_out:] if count > held_out else zoo.weights  # (n', P)
+    asked = list(zoo.split.seen[:held_out])
+    similarity = text_similarity(data, zoo, asked)[:, count - len(known) :]  # (m, n')
+    labels = pad_tasks(asked)  # (m, K)
+    features, targets = data.train.sample(labels, samples, torch.Generator().manual_seed(0))  # (m, s, d), (m, s)
+    text, mask = task_embeddings(data.embeddings, labels)
+
+    def accuracy(k: int) -> float:
+        heads = _average_of_nearest(known, similarity, k)  # (m, P)
+        logits = stacked_logits(spec, heads, features, text, 1.0, mask)  # (m, s, K)
+        return float((logits.argmax(-1) == targets).float().mean())
+
+    best = max((2**power for power in range(len(known).bit_length())), key=accuracy)
+    return _average_of_nearest(zoo.weights, text_similarity(data, zoo, tasks), best), best
+
+
+def _average_of_nearest(weights: Tensor, similarity: Tensor, k: int) -> Tensor:
+    """Mean of the k rows of weights (n, P) with the greatest similarity (M, n): (M, P)."""
+    nearest = torch.zeros_like(similarity).scatter(1, similarity.topk(k, dim=1).indices, 1 / k)  # (M, n)
+    return nearest @ weights
 
 
 def ridge_heads(inputs: Tensor, zoo: Zoo, queries: Tensor) -> Tensor:
@@ -97,21 +164,81 @@ def oracle_heads(
     return {name: torch.cat(parts).cpu() for name, parts in trained.items()}
 
 
-def accuracies(data: TaskData, spec: HeadSpec, tasks: Tasks, heads: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def restricted_universal_head(
+    data: TaskData, zoo: Zoo, preset: Preset, on_step: Callable[[], None] | None = None
+) -> Tensor:
+    """One head for all tasks, trained on the softmax over a task's classes by which it is judged: (P,).
+
+    It starts from the zoo's universal head; each step draws fresh tasks that training may use and samples of each.
+
+    Args:
+        data: features and embeddings.
+        zoo: its start, and what is kept from training.
+        preset: `suites.accuracy` says how long, `fit.fresh_task_size` on which tasks.
+        on_step: called after every step.
+
+    Raises:
+        TrainingDataError: the weights are no longer finite, or tasks cannot be drawn.
+    """
+    settings = preset.suites.accuracy
+    recipe = settings.restricted_universal
+    flat = zoo.universal.clone().requires_grad_()  # (P,)
+    optimizer = torch.optim.AdamW([flat], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    generator = torch.Generator().manual_seed(preset.seed)
+    for step in range(recipe.steps):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate * cosine_decay(step / recipe.steps)
+        tasks = draw_fresh_tasks(
+            zoo.split, len(data.classes), settings.restricted_tasks, preset.fit.fresh_task_size, generator
+        )  # (M, K)
+        features, targets = data.train.sample(tasks, recipe.batch_size, generator)  # (M, s, d), (M, s)
+        text, mask = task_embeddings(data.embeddings, tasks)
+        logits = stacked_logits(
+            preset.head, flat.expand(len(tasks), -1), features, text, preset.logit_scale, mask
+        )  # (M, s, K)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if on_step is not None:
+            on_step()
+    trained = flat.detach()
+    if not bool(torch.isfinite(trained).all()):
+        raise TrainingDataError(
+            "the universal head trained on tasks diverged: lower suites.accuracy.restricted_universal.learning_rate"
+        )
+    return trained
+
+
+def weight_error(space: WeightSpace, heads: Tensor, targets: Tensor) -> float:
+    """Mean squared error of heads (P,) or (M, P) to other heads (M, P), in standardised numbers."""
+    return float(((heads - targets) / space.scale).square().mean())
+
+
+def accuracies(
+    data: TaskData, spec: HeadSpec, tasks: Tasks, methods: Mapping[str, Tensor | Predictor]
+) -> dict[str, np.ndarray]:
     """Accuracy of every method on every task's test features.
 
     Args:
         data: features and embeddings.
         spec: the heads' specification.
         tasks: M class lists.
-        heads: per method (P,) for one head for all tasks, or (M, P).
+        methods: per method the weights of a head, (P,) for one head for all tasks or (M, P), or a predictor.
 
     Returns:
         per method (M,), 0..1.
     """
-    names = list(heads)
-    rows = []
+    heads = {name: method for name, method in methods.items() if isinstance(method, Tensor)}
+    predictors = {name: method for name, method in methods.items() if not isinstance(method, Tensor)}
+    columns: dict[str, list[float]] = {name: [] for name in methods}
     for i, task in enumerate(tasks):
-        stack = torch.stack([head if head.ndim == 1 else head[i] for head in heads.values()])  # (J, P)
-        rows.append(heads_accuracy(spec, stack, task, data.test, data.embeddings).numpy())
-    return dict(zip(names, np.stack(rows, axis=1), strict=True))
+        if heads:
+            stack = torch.stack([head if head.ndim == 1 else head[i] for head in heads.values()])  # (J, P)
+            scores = heads_accuracy(spec, stack, task, data.test, data.embeddings).numpy()
+            for name, score in zip(heads, scores, strict=True):
+                columns[name].append(score)
+        if predictors:
+            features, targets = data.test.of_task(task)  # (N, d), (N,)
+            for name, predictor in predictors.items():
+                columns[name].append((predictor(task, features).argmax(-1) == targets).float().mean().item())
+    return {name: np.array(column, dtype=np.float32) for name, column in columns.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from text2weight_training.baselines import (
     pooled_text,
     ridge_heads,
 )
+from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.presets import Preset
+from text2weight_training.splits import training_center, training_class_names
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
@@ -60,8 +63,8 @@ def evaluate(data: TaskData, zoo: Zoo, checkpoint: Path, preset: Preset, out: Pa
             f"evaluation.tasks is {settings.tasks}: the zoo has only {len(zoo.split.unseen)} unseen tasks"
         )
     tasks = list(zoo.split.unseen[: settings.tasks])
-    generator = _load_generator(checkpoint, data, preset)
-    heads = _baseline_heads(data, zoo, tasks)
+    generator = load_generator(checkpoint, data, zoo, preset)
+    heads = baseline_heads(data, zoo, tasks)
     seconds: dict[str, float] = {}
     with Progress() as progress:
         bar = progress.add_task("generating", total=len(settings.samplers))
@@ -110,9 +113,15 @@ def default_method(preset: Preset) -> str:
     return f"generated/{preset.sampler}/{preset.steps}"
 
 
-def _load_generator(checkpoint: Path, data: TaskData, preset: Preset) -> Generator:
+def load_generator(checkpoint: Path, data: TaskData, zoo: Zoo, preset: Preset) -> Generator:
+    """Load a checkpoint, with the text encoder that the data's embeddings were made with.
+
+    Raises:
+        TrainingDataError: it was trained on other classes or another template, or makes heads of another kind.
+        CheckpointError: it is missing, damaged or of another text encoder.
+    """
     generator = Generator.load(checkpoint, text_encoder=load_text_encoder(data.text_source))
-    if generator.config.classes != data.classes or generator.config.template != data.template:
+    if generator.config.classes != training_class_names(data, zoo.split) or generator.config.template != data.template:
         raise TrainingDataError(f"checkpoint {checkpoint} was trained on other class names or another template")
     made, wanted = generator.config.head.model_dump(), preset.head.model_dump()
     differing = [f"{key} {made[key]} instead of {wanted[key]}" for key in made if made[key] != wanted[key]]
@@ -121,13 +130,14 @@ def _load_generator(checkpoint: Path, data: TaskData, preset: Preset) -> Generat
     return generator
 
 
-def _baseline_heads(data: TaskData, zoo: Zoo, tasks: list[tuple[int, ...]]) -> dict[str, Tensor]:
-    seen = zoo.split.seen
+def baseline_heads(data: TaskData, zoo: Zoo, tasks: list[tuple[int, ...]]) -> dict[str, Tensor]:
+    """Heads that need no denoiser and no training beyond the zoo: per method (P,) for all tasks, or (M, P)."""
+    seen, center = zoo.split.seen, training_center(data.embeddings, zoo.split)
     return {
         "base": zoo.base,
         "nearest zoo head": nearest_heads(data, zoo, tasks),
         "mean head": zoo.weights.mean(0),
-        "ridge from pooled text": ridge_heads(pooled_text(data, seen), zoo, pooled_text(data, tasks)),
+        "ridge from pooled text": ridge_heads(pooled_text(data, seen, center), zoo, pooled_text(data, tasks, center)),
         "ridge from classes": ridge_heads(class_indicators(data, seen), zoo, class_indicators(data, tasks)),
         "universal": zoo.universal,
     }
@@ -137,15 +147,26 @@ def generate_heads(
     generator: Generator, data: TaskData, tasks: list[tuple[int, ...]], sampler: str, steps: int, seed: int = 0
 ) -> Tensor:
     """Generate one head per task, flat (M, P); task i uses seed + i."""
+    return generate_from_requests(generator, task_requests(data, tasks, sampler, steps, seed))
+
+
+def task_requests(
+    data: TaskData, tasks: Sequence[tuple[int, ...]], sampler: str, steps: int, seed: int = 0
+) -> list[GenerationRequest]:
+    """One request per task, of its classes' own names; task i uses seed + i."""
+    return [
+        GenerationRequest(
+            tuple(data.classes[label] for label in task), data.embeddings[list(task)], seed + i, steps, sampler
+        )
+        for i, task in enumerate(tasks)
+    ]
+
+
+def generate_from_requests(generator: Generator, requests: Sequence[GenerationRequest]) -> Tensor:
+    """Generate one head per request, in batches, flat (M, P)."""
     rows = []
-    for start in range(0, len(tasks), GENERATION_BATCH):
-        requests = [
-            GenerationRequest(
-                tuple(data.classes[label] for label in task), data.embeddings[list(task)], seed + i, steps, sampler
-            )
-            for i, task in enumerate(tasks[start : start + GENERATION_BATCH], start)
-        ]
-        artifacts = generator.generate_batch(requests)
+    for start in range(0, len(requests), GENERATION_BATCH):
+        artifacts = generator.generate_batch(requests[start : start + GENERATION_BATCH])
         rows += [generator.config.head.flatten(artifact.tensors) for artifact in artifacts]
     return torch.stack(rows)
 
@@ -175,31 +196,20 @@ def summarise(scores: dict[str, np.ndarray], headline: str, resamples: int, seed
         `results` (accuracies in 0..1), `gap_closed` (the headline's share) and `gap_closed_by_method`; a share is
         None where the oracle is no better than the universal head, an interval where that is so in a resample.
     """
-    count = len(scores["universal"])
-    draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
-    means = {name: values[draws].mean(1) for name, values in scores.items()}  # (resamples,)
-    gap = means["oracle"] - means["universal"]  # (resamples,)
-    whole_gap = float(scores["oracle"].mean() - scores["universal"].mean())
+    bootstrap = PairedBootstrap(len(scores["universal"]), resamples, seed)
     results: dict[str, Any] = {}
     closed: dict[str, Any] = {}
     for name, values in scores.items():
-        results[name] = {"accuracy": float(values.mean()), "interval": _interval(means[name])}
+        summary = bootstrap.summary(values)
+        results[name] = {"accuracy": summary["value"], "interval": summary["interval"]}
         if name.startswith("generated/"):
-            gain = float(values.mean() - scores["universal"].mean())
-            closed[name] = {
-                "value": gain / whole_gap if whole_gap > 0 else None,
-                "interval": _interval((means[name] - means["universal"]) / gap) if gap.min() > 0 else None,
-            }
+            closed[name] = bootstrap.gap_closed(values, scores["universal"], scores["oracle"])
     return {
         "headline": headline,
         "gap_closed": {SPLIT: closed[headline]["value"]},
         "gap_closed_by_method": {SPLIT: closed},
         "results": {SPLIT: results},
     }
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.quantile(values, (0.025, 0.975))]
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -6,7 +6,10 @@ pure noise (L_task), then from their own first estimate noised to a drawn timest
 kind shows the denoiser what it meets while sampling, its own estimates instead of trained heads; without it
 each further denoising step loses accuracy (exposure bias; docs/results.md has the figures).
 
-Letters: B items, K classes of a task (padded), P numbers in one head.
+The other losses and variants are switches of the preset, off by default: docs/method.md lists them.
+
+Letters: B items (z of the zoo, then b fresh ones), K classes of a task (padded), P numbers in one head,
+h hidden units.
 """
 
 from __future__ import annotations
@@ -28,10 +31,13 @@ from text2weight.denoiser import Denoiser
 from text2weight.generator import BUNDLED_TEXT_ENCODER, created_by
 from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
+from text2weight_training.adversary import Adversary
 from text2weight_training.files import TrainingDataError, atomic_path
-from text2weight_training.losses import DenoisingLosses, make_task_batch
+from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
 from text2weight_training.presets import Preset
+from text2weight_training.splits import draw_fresh_tasks, training_center, training_class_names
 from text2weight_training.stacked import cosine_decay
+from text2weight_training.symmetry import draw_orders, permute_each
 from text2weight_training.tasks import PADDING, TaskData, TaskSplit, pad_tasks
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
@@ -42,6 +48,27 @@ class FitState:
 
     step: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """Everything random in one step.
+
+    Attributes:
+        batch: B tasks, those of the zoo first.
+        clean: (z, P) zoo heads in the sampler's space.
+        start: (b, P) pure noise for the fresh items.
+        noise: (B, P) standard normal.
+        timesteps: (B,) in 1..N.
+        orders: (z, h) permutations for the equivariance loss, if it is on.
+    """
+
+    batch: TaskBatch
+    clean: Tensor
+    start: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    orders: Tensor | None
 
 
 class Fit:
@@ -66,7 +93,7 @@ class Fit:
         self._state_file = state_file
         self._accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu")
         target = self._accelerator.device
-        self.space = WeightSpace.fit(preset.head, zoo.universal, zoo.weights)
+        self.space = WeightSpace.fit(preset.head, zoo.universal, zoo.weights, preset.scaling)
         self._split: TaskSplit = zoo.split
         self._data = data.to(target)
         # bf16 halves what every step gathers; the losses take the first product of a head in it.
@@ -74,8 +101,9 @@ class Fit:
         self._zoo_tasks = pad_tasks(zoo.split.seen).to(target)  # (n, K)
         self._zoo_clean = self.space.standardise(zoo.weights).to(target)  # (n, P)
         torch.manual_seed(preset.seed)
-        self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, data.embeddings.mean(0))
-        self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, data.embeddings.mean(0)).to(target)
+        center = training_center(data.embeddings, zoo.split)  # (D,)
+        self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, center)
+        self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, center).to(target)
         self.average.load_state_dict(self.denoiser.state_dict())
         optimizer = torch.optim.AdamW(
             _decay_groups(self.denoiser, preset.fit.weight_decay), lr=preset.fit.learning_rate, betas=(0.9, 0.98)
@@ -84,6 +112,10 @@ class Fit:
         self._losses = DenoisingLosses(
             preset.head, self.space.to(target), preset.schedule, preset.prediction, preset.logit_scale
         )
+        self.adversary: Adversary | None = None
+        if preset.fit.adversarial_weight:
+            size, limit = self._zoo_clean.shape[1], float(self._zoo_clean.abs().max())
+            self.adversary = Adversary(size, limit, preset.fit.discriminator_learning_rate, self._accelerator)
 
     def run(self, minutes: float | None = None) -> None:
         """Train to the end: the preset's number of steps, or a time limit.
@@ -131,14 +163,13 @@ class Fit:
 
     def _step(self, done: float) -> dict[str, Tensor]:
         settings = self.preset.fit
+        factor = learning_rate_factor(done, settings.warmup)
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * learning_rate_factor(done, settings.warmup)
+            group["lr"] = settings.learning_rate * factor
         # One generator per step and process: a resumed run draws what an undisturbed one would.
         seed = (self.preset.seed * 1_000_003 + self.state.step) * 4096 + self._accelerator.process_index
         losses = self._compute_losses(torch.Generator().manual_seed(seed))
-        total = settings.diffusion_weight * losses["diffusion"] + settings.task_weight * (
-            losses["first call"] + losses["later calls"]
-        )
+        total = self._total(losses)
         self._optimizer.zero_grad(set_to_none=True)
         self._accelerator.backward(total)
         # Checked with the losses: a broken gradient breaks the weights while the loss still looks sound.
@@ -146,36 +177,76 @@ class Fit:
         losses["gradient norm"] = torch.as_tensor(norm)
         self._optimizer.step()
         self._update_average()
+        if self.adversary is not None:
+            losses["discriminator"] = self.adversary.step(factor, settings.gradient_clip)
         return {name: value.detach() for name, value in losses.items()}
+
+    def _total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses that are on."""
+        settings = self.preset.fit
+        total = settings.diffusion_weight * losses["diffusion"]
+        if settings.task_weight:
+            task = [losses[name] for name in ("first call", "later calls") if name in losses]
+            total = total + settings.task_weight * sum(task[1:], task[0])
+        if settings.symmetry_weight:
+            total = total + settings.symmetry_weight * losses["symmetry"]
+        if settings.adversarial_weight:
+            total = total + settings.adversarial_weight * losses["adversarial"]
+        return total
+
+    def _draw(self, generator: torch.Generator) -> StepDraws:
+        """Draw a step's items; what a switch needs comes last, so that it leaves the other draws as they are."""
+        settings, spec, device = self.preset.fit, self.preset.head, self._zoo_clean.device
+        chosen = torch.randint(len(self._zoo_clean), (settings.zoo_batch,), generator=generator).to(device)
+        clean, tasks = self._zoo_clean[chosen], self._zoo_tasks[chosen]  # (z, P), (z, K)
+        if fresh := settings.fresh_items:
+            drawn = draw_fresh_tasks(
+                self._split, len(self._data.classes), fresh, settings.fresh_task_size, generator
+            ).to(device)
+            tasks = _stack_tasks(tasks, drawn)  # (B, K), zoo items first
+        samples = settings.samples if settings.task_weight else 0
+        batch = make_task_batch(tasks, self._data.embeddings, self._features, samples, generator)
+        start = torch.randn(fresh, clean.shape[1], generator=generator).to(device)  # (b, P)
+        noise = torch.randn(len(tasks), clean.shape[1], generator=generator).to(device)  # (B, P)
+        steps = torch.randint(1, self.preset.schedule.num_timesteps + 1, (len(tasks),), generator=generator)  # (B,)
+        if settings.condition_dropout:
+            dropped = torch.rand(len(tasks), generator=generator) < settings.condition_dropout  # (B,)
+            batch = batch.drop_condition(dropped.to(device))
+        if settings.permute_units:
+            # The noise moves with its head, so that the target is g epsilon: the pair is that of g x_n.
+            moves = draw_orders(spec, len(clean), generator).to(device)  # (z, h)
+            clean = permute_each(spec, clean, moves)
+            noise = torch.cat([permute_each(spec, noise[: len(clean)], moves), noise[len(clean) :]])
+        orders = draw_orders(spec, len(clean), generator).to(device) if settings.symmetry_weight else None
+        return StepDraws(batch, clean, start, noise, steps.to(device), orders)
 
     def _compute_losses(self, generator: torch.Generator) -> dict[str, Tensor]:
         settings, schedule = self.preset.fit, self.preset.schedule
-        device = self._zoo_clean.device
-        chosen = torch.randint(len(self._zoo_clean), (settings.zoo_batch,), generator=generator).to(device)
-        fresh = draw_fresh_tasks(
-            self._split, len(self._data.classes), settings.fresh_batch, settings.fresh_task_size, generator
-        ).to(device)
-        tasks = _stack_tasks(self._zoo_tasks[chosen], fresh)  # (B, K), zoo items first
-        batch = make_task_batch(tasks, self._data.embeddings, self._features, settings.samples, generator)
-        size = self._zoo_clean.shape[1]
-        start = torch.randn(len(fresh), size, generator=generator).to(device)  # (b, P)
-        noise = torch.randn(len(tasks), size, generator=generator).to(device)  # (B, P)
-        is_fresh = torch.arange(len(tasks), device=device) >= settings.zoo_batch
-        fresh_rows = is_fresh.nonzero().squeeze(1)
-        last = torch.full((len(fresh),), schedule.num_timesteps, device=device)
-        _, first = schedule.run_denoiser(
-            self._model, self.preset.prediction, start, last, batch.condition.select(fresh_rows)
-        )  # (b, P)
-        clean = torch.cat([self._zoo_clean[chosen], first.detach()])  # (B, P)
-        timesteps = torch.randint(1, schedule.num_timesteps + 1, (len(tasks),), generator=generator).to(device)
-        diffusion, estimate = self._losses.denoise(
-            self._model, clean, timesteps, noise, batch.condition, only=~is_fresh
-        )
-        return {
-            "diffusion": diffusion,
-            "first call": self._losses.task(first, batch.select(fresh_rows)),
-            "later calls": self._losses.task(estimate, batch),
-        }
+        draws = self._draw(generator)
+        batch, clean = draws.batch, draws.clean
+        is_fresh = torch.arange(len(draws.noise), device=clean.device) >= len(clean)  # (B,)
+        fresh_rows = is_fresh.nonzero().squeeze(1)  # (b,)
+        losses: dict[str, Tensor] = {}
+        first = draws.start  # (b, P)
+        if len(fresh_rows):
+            last = torch.full((len(fresh_rows),), schedule.num_timesteps, device=clean.device)  # (b,)
+            _, first = schedule.run_denoiser(
+                self._model, self.preset.prediction, draws.start, last, batch.condition.select(fresh_rows)
+            )  # (b, P)
+            clean = torch.cat([clean, first.detach()])  # (B, P)
+        denoised = self._losses.denoise(self._model, clean, draws.timesteps, draws.noise, batch.condition)
+        losses["diffusion"] = self._losses.diffusion(denoised, clean, draws.noise, only=~is_fresh)
+        if settings.task_weight and len(fresh_rows):
+            losses["first call"] = self._losses.task(first, batch.select(fresh_rows))
+        if settings.task_weight:
+            losses["later calls"] = self._losses.task(denoised.estimate, batch)
+        if draws.orders is not None:
+            losses["symmetry"] = self._losses.symmetry(self._model, denoised, draws.orders)
+        if self.adversary is not None:
+            # One-shot estimates from noised zoo heads, and samples of one and of two denoiser calls.
+            fakes = torch.cat([denoised.estimate, first])  # (B + b, P)
+            losses["adversarial"] = self.adversary.loss(draws.clean, fakes)
+        return losses
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -193,7 +264,7 @@ class Fit:
         if not self._accelerator.is_main_process:
             return
         state: dict[str, Any] = {
-            "preset": self.preset.model_dump(mode="json"),
+            "preset": self.preset.run_description(),
             "data": self._data.fingerprint,
             "step": self.state.step,
             "seconds": self.state.seconds,
@@ -201,6 +272,8 @@ class Fit:
             "average": self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
+        if self.adversary is not None:
+            state["adversary"] = self.adversary.state_dict()
         try:
             with atomic_path(self._state_file) as temporary:
                 torch.save(state, temporary)
@@ -223,13 +296,15 @@ class Fit:
             origin = state["preset"], state["data"]
         except Exception as error:  # torch raises many kinds for a damaged file
             raise TrainingDataError(f"{self._state_file} is damaged ({error}): remove it to start anew") from error
-        if origin != (self.preset.model_dump(mode="json"), self._data.fingerprint):
+        if origin != (self.preset.run_description(), self._data.fingerprint):
             raise TrainingDataError(
                 f"{self._state_file} belongs to another preset or other data: remove it to start anew"
             )
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
         self.state = FitState(state["step"], state["seconds"])
         return True
 
@@ -258,8 +333,8 @@ class Fit:
             head=preset.head,
             logit_scale=preset.logit_scale,
             template=data.template,
-            classes=data.classes,
-            task_size=preset.fit.fresh_task_size,
+            classes=training_class_names(data, self._split),
+            task_size=preset.fit.fresh_task_size if preset.fit.fresh_items else preset.zoo.task_size,
             text_encoder=TextEncoderConfig(source=text_source, name=encoder.name, fingerprint=encoder.fingerprint),
             backbone=dict(data.backbone),
             denoiser=preset.denoiser,
@@ -289,28 +364,6 @@ def learning_rate_factor(done: float, warmup: float) -> float:
     if done < warmup:
         return (done + 1e-3) / (warmup + 1e-3)
     return cosine_decay((done - warmup) / (1 - warmup))
-
-
-def draw_fresh_tasks(
-    split: TaskSplit, num_classes: int, count: int, sizes: tuple[int, int], generator: torch.Generator
-) -> Tensor:
-    """Draw class combinations that are not among the unseen tasks: (count, K), padded with -1.
-
-    Raises:
-        TrainingDataError: nearly every combination of these sizes is an unseen task.
-    """
-    least, greatest = min(sizes[0], num_classes), min(sizes[1], num_classes)
-    tasks: list[list[int]] = []
-    for _ in range(100 * count):
-        if len(tasks) == count:
-            return pad_tasks(tasks)
-        size = int(torch.randint(least, greatest + 1, (), generator=generator))
-        task = torch.randperm(num_classes, generator=generator)[:size].tolist()
-        if split.allows(task):
-            tasks.append(task)
-    raise TrainingDataError(
-        f"nearly all tasks of {least} to {greatest} of {num_classes} classes are unseen: widen fit.fresh_task_size"
-    )
 
 
 def _stack_tasks(first: Tensor, second: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""The losses of the denoiser.
+"""The denoiser's losses L_diff, L_task and L_sym.
 
+L_adv is in `adversary.py`; docs/method.md has all formulas on one page.
 Letters: B items, K classes of a task (padded), n samples per task, P numbers in one head, d feature size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.head import HeadSpec
 from text2weight.weight_space import WeightSpace
 from text2weight_training.stacked import stacked_logits
+from text2weight_training.symmetry import equivariance_loss, permute_each
 from text2weight_training.tasks import ClassFeatures, task_embeddings
 
 
@@ -43,6 +45,10 @@ class TaskBatch:
             self.condition.select(index), self.text[index], self.mask[index], self.features[index], self.targets[index]
         )
 
+    def drop_condition(self, dropped: Tensor) -> TaskBatch:
+        """Hide the text from the denoiser where `dropped` (B,) bool is True; the losses still know the task."""
+        return replace(self, condition=self.condition.drop(dropped))
+
 
 def make_task_batch(
     tasks: Tensor,
@@ -55,6 +61,25 @@ def make_task_batch(
     text, mask = task_embeddings(embeddings, tasks)
     drawn, targets = features.sample(tasks, samples, generator)  # (B, n, d), (B, n)
     return TaskBatch(condition_on_classes(text, mask), text, mask, drawn, targets)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What one denoiser call was given and made of it.
+
+    Attributes:
+        noisy: (B, P) x_n.
+        timesteps: (B,) n.
+        condition: B items.
+        output: (B, P) the network's output.
+        estimate: (B, P) its estimate of x_0.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    condition: Condition
+    output: Tensor
+    estimate: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,22 +101,27 @@ class DenoisingLosses:
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
 
     def denoise(
-        self, denoiser: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition, only: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Noise clean weights (B, P) to timesteps (B,) and run the denoiser on them.
-
-        Args:
-            denoiser: the network.
-            clean: (B, P).
-            timesteps: (B,) in 1..N.
-            noise: (B, P) standard normal.
-            condition: B items.
-            only: (B,) bool, items whose clean weights are real heads and count in the diffusion loss.
-
-        Returns:
-            the diffusion loss (L_diff, mean squared error of the network's output), and the estimate of x_0 (B, P).
-        """
+        self, denoiser: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition
+    ) -> Denoised:
+        """Noise clean weights (B, P) to timesteps (B,), 1..N, by noise (B, P), and run the denoiser on them."""
         noisy = self.schedule.add_noise(clean, timesteps, noise)  # (B, P)
         output, estimate = self.schedule.run_denoiser(denoiser, self.prediction, noisy, timesteps, condition)
-        target = self.schedule.target(self.prediction, clean, timesteps, noise)
-        return F.mse_loss(output[only], target[only]), estimate
+        return Denoised(noisy, timesteps, condition, output, estimate)
+
+    def diffusion(self, denoised: Denoised, clean: Tensor, noise: Tensor, only: Tensor) -> Tensor:
+        """L_diff: mean squared error of the network's output over the items where `only` (B,) is True.
+
+        Those are the items whose clean weights (B, P) are real heads.
+        """
+        target = self.schedule.target(self.prediction, clean, denoised.timesteps, noise)  # (B, P)
+        return F.mse_loss(denoised.output[only], target[only])
+
+    def symmetry(self, denoiser: nn.Module, denoised: Denoised, orders: Tensor) -> Tensor:
+        """L_sym of the first b items, permuted by orders (b, h); one more call of the denoiser."""
+        count = len(orders)
+        noisy = permute_each(self.spec, denoised.noisy[:count], orders)  # (b, P)
+        first = torch.arange(count, device=noisy.device)
+        output, _ = self.schedule.run_denoiser(
+            denoiser, self.prediction, noisy, denoised.timesteps[:count], denoised.condition.select(first)
+        )  # (b, P)
+        return equivariance_loss(self.spec, denoised.output[:count], output, orders)

@@ -1,4 +1,4 @@
-"""The commands on the model side: `t2w zoo`, `fit`, `evaluate` and `train`.
+"""The commands on the model side: `t2w zoo`, `fit`, `evaluate`, `results` and `train`.
 
 Only typer and the standard library are imported here, so that `t2w --help` stays fast.
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 zoo_app = typer.Typer(add_completion=False)
 fit_app = typer.Typer(add_completion=False)
 evaluate_app = typer.Typer(add_completion=False)
+results_app = typer.Typer(add_completion=False)
 train_app = typer.Typer(add_completion=False)
 
 Features = Annotated[list[Path], typer.Option(help="feature file; repeat it for several datasets of one backbone")]
@@ -91,25 +92,70 @@ def evaluate_command(
     zoo: Annotated[Path, typer.Option(help="the zoo it was trained on")],
     features: Features,
     text: Text,
-    out: Annotated[Path, typer.Option(help="evaluation.json to write; plots go beside it")],
+    out: Annotated[Path, typer.Option(help="evaluation.json to write; with --suite a folder. Plots go beside it")],
     preset: PresetName = "small",
     template: Template = "a {}",
     record: Annotated[bool, typer.Option("--record", help="also put the results into the checkpoint's config")] = False,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="measure this suite instead, into OUT/NAME.json; repeatable; or all")
+    ] = None,
+    paraphrase: Annotated[
+        list[str] | None, typer.Option(help="suite reading: FILE#TABLE of the names under another prompt; repeatable")
+    ] = None,
 ) -> None:
     """Measure a checkpoint on unseen tasks against baselines and heads trained on the tasks' own data.
 
     Example: t2w evaluate --checkpoint runs/a/checkpoint --zoo runs/a/zoo --features cifar100.safetensors
     --text text.safetensors#cifar100.a --out runs/a/evaluation.json
+
+    Suites: t2w evaluate ... --suite fuse --suite reading --out runs/a/suites
     """
     from text2weight.checkpoint import record_evaluation
     from text2weight_training.evaluate import evaluate
+    from text2weight_training.suites import choose_suites
+    from text2weight_training.suites.runner import with_paraphrases
     from text2weight_training.train import evaluation_summary
     from text2weight_training.zoo import load_zoo
 
+    chosen = choose_suites(suite or [])
+    if chosen and record:
+        raise typer.BadParameter("--record keeps the evaluation without --suite: give one of the two")
+    if paraphrase and "reading" not in chosen:
+        raise typer.BadParameter("--paraphrase belongs to --suite reading")
     data, settings = _load(features, text, template, preset)
+    if chosen:
+        _evaluate_suites(chosen, data, zoo, checkpoint, with_paraphrases(settings, paraphrase or []), out)
+        return
     result = evaluate(data, load_zoo(zoo), checkpoint, settings, out)
     if record:
         record_evaluation(checkpoint, evaluation_summary(result))
+
+
+def _evaluate_suites(names: list[str], data: TaskData, zoo: Path, checkpoint: Path, preset: Preset, out: Path) -> None:
+    from text2weight_training.suites import load_suite
+    from text2weight_training.suites.runner import run_suites
+    from text2weight_training.zoo import load_zoo
+
+    for written in run_suites(names, data, load_zoo(zoo), checkpoint, preset, out):
+        name = written["suite"]
+        typer.echo(load_suite(name).report(written["result"]))
+        typer.echo(f"{name}: {written['seconds']} s, written to {out / name}.json\n")
+
+
+@results_app.command("results")
+@one_line_errors
+def results_command(
+    folder: Annotated[Path, typer.Option("--from", help="folder that `t2w evaluate --suite` wrote to")],
+    out: Annotated[Path, typer.Option(help="Markdown page to write; figures go into a folder of its name")],
+) -> None:
+    """Collect the results of suites into one page with tables and figures.
+
+    Example: t2w results --from runs/a/suites --out docs/suites.md
+    """
+    from text2weight_training.suites.page import write_page
+
+    names = write_page(folder, out)
+    typer.echo(f"{', '.join(names)} in {out}")
 
 
 @train_app.command("train")

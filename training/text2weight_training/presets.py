@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -23,8 +24,10 @@ from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.head import HeadSpec
 from text2weight.samplers import SamplerName, check_sampler
+from text2weight.weight_space import Scaling
 from text2weight_training.files import TrainingDataError
 from text2weight_training.stacked import HeadRecipe
+from text2weight_training.suites.settings import SuitesSettings
 
 
 class _Strict(BaseModel):
@@ -37,7 +40,18 @@ def _check_task_size(sizes: tuple[int, int]) -> tuple[int, int]:
     return sizes
 
 
+def _check_pairs(value: int | float) -> int | float:
+    if isinstance(value, float) and not 0 <= value < 1:
+        raise ValueError(f"{value} must be a whole number of pairs, or a fraction from 0 to less than 1")
+    return value
+
+
 TaskSize = Annotated[tuple[int, int], AfterValidator(_check_task_size)]
+HeldOutPairs = Annotated[NonNegativeInt | float, AfterValidator(_check_pairs)]
+
+
+def _is_off(value: float) -> bool:
+    return not value
 
 
 class ZooSettings(_Strict):
@@ -47,6 +61,9 @@ class ZooSettings(_Strict):
         tasks: number of class combinations, seen and unseen together.
         task_size: least and greatest number of classes, drawn uniformly.
         unseen_fraction: share of tasks kept for evaluation.
+        held_out_pairs: class pairs that occur together in no training task, see `splits.py`: a number of them,
+            or a fraction of all pairs of training classes; 0 for none.
+        held_out_classes: fraction of the classes that no training sees; 0 for none.
         base: recipe of the base head: a short training on all classes from PyTorch's initialisation.
         universal: recipe of the universal head: a long one.
         heads: recipe of the task heads, which start from the universal head.
@@ -56,6 +73,9 @@ class ZooSettings(_Strict):
     tasks: PositiveInt = 1024
     task_size: TaskSize = (8, 32)
     unseen_fraction: float = Field(default=0.2, gt=0, lt=1)
+    # Left out of files while they are off, so that zoos and runs made without them stay what they are.
+    held_out_pairs: HeldOutPairs = Field(default=0, exclude_if=_is_off)
+    held_out_classes: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
     base: HeadRecipe
     universal: HeadRecipe
     heads: HeadRecipe
@@ -79,11 +99,17 @@ class FitSettings(_Strict):
     Attributes:
         steps: optimiser steps, unless a time limit is given.
         zoo_batch: zoo heads per step, noised to uniformly drawn timesteps.
-        fresh_batch: fresh class combinations per step, for which there is no head: see `fit.py`.
+        fresh_batch: fresh class combinations per step, for which there is no head: see `fit.py`. Only the task
+            and the adversarial loss use them; without both none are drawn.
         fresh_task_size: least and greatest number of classes of those.
         samples: feature samples per task for the task loss.
         diffusion_weight: factor of the diffusion loss.
         task_weight: factor of the task loss.
+        symmetry_weight: factor of the equivariance loss.
+        adversarial_weight: factor of the adversarial loss.
+        discriminator_learning_rate: Adam's peak for the discriminator; warm-up and cosine as the denoiser's.
+        permute_units: put the hidden units of every zoo item into a random order.
+        condition_dropout: share of items whose condition is hidden from the denoiser.
         learning_rate: AdamW's peak; warm-up, then a cosine to zero.
         weight_decay: AdamW's decoupled decay.
         warmup: share of the run spent warming up.
@@ -94,17 +120,27 @@ class FitSettings(_Strict):
 
     steps: PositiveInt = 2000
     zoo_batch: PositiveInt = 32
-    fresh_batch: PositiveInt = 32
+    fresh_batch: NonNegativeInt = 32
     fresh_task_size: TaskSize = (2, 32)
     samples: PositiveInt = 128
     diffusion_weight: NonNegativeFloat = 1.0
     task_weight: NonNegativeFloat = 1.0
+    symmetry_weight: NonNegativeFloat = 0.0
+    adversarial_weight: NonNegativeFloat = 0.0
+    discriminator_learning_rate: PositiveFloat = 1e-4
+    permute_units: bool = False
+    condition_dropout: float = Field(default=0.0, ge=0, le=1)
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     warmup: float = Field(default=0.03, ge=0, lt=1)
     gradient_clip: PositiveFloat = 1.0
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     save_every: PositiveInt = 100
+
+    @property
+    def fresh_items(self) -> int:
+        """Fresh items per step: none where no loss would use them."""
+        return self.fresh_batch if self.task_weight or self.adversarial_weight else 0
 
 
 class EvaluationSettings(_Strict):
@@ -131,6 +167,7 @@ class Preset(_Strict):
         head: specification of the heads.
         logit_scale: s of the cosine logits.
         zoo: see `ZooSettings`.
+        scaling: how heads become the sampler's variable, see `WeightSpace.fit`.
         denoiser: size and variant.
         schedule: noise schedule.
         prediction: what the denoiser outputs.
@@ -138,12 +175,14 @@ class Preset(_Strict):
         sampler: default sampler of the checkpoint.
         steps: its default number of denoiser calls.
         evaluation: see `EvaluationSettings`.
+        suites: see `SuitesSettings`; not part of a run's identity, as nothing is trained by it.
     """
 
     seed: int = 0
     head: HeadSpec = HeadSpec()
     logit_scale: PositiveFloat = 30.0
     zoo: ZooSettings
+    scaling: Scaling = "standardise"
     denoiser: DenoiserConfig = DenoiserConfig()
     schedule: NoiseSchedule = NoiseSchedule()
     prediction: Prediction = "x0"
@@ -151,6 +190,11 @@ class Preset(_Strict):
     sampler: SamplerName = "mean"
     steps: PositiveInt = 1
     evaluation: EvaluationSettings
+    suites: SuitesSettings = SuitesSettings()
+
+    def run_description(self) -> dict[str, Any]:
+        """The settings that decide what a training run makes: all but what is measured afterwards in suites."""
+        return self.model_dump(mode="json", exclude={"suites"})
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Preset:
@@ -166,12 +210,42 @@ class Preset(_Strict):
                 f"head.output_dim {self.head.output_dim} and denoiser.embedding_dim {self.denoiser.embedding_dim} "
                 "must both be the size of a class embedding"
             )
+        self._check_switches()
         if self.evaluation.tasks > self.zoo.unseen_tasks:
             raise ValueError(
                 f"evaluation.tasks is {self.evaluation.tasks}, but the zoo keeps only "
                 f"{self.zoo.unseen_tasks} unseen tasks"
             )
+        if "suites" in self.model_fields_set:
+            self._check_suites()
         return self
+
+    def _check_switches(self) -> None:
+        fit, denoiser = self.fit, self.denoiser
+        if fit.permute_units and denoiser.tokens == "unit" and denoiser.unit_identity:
+            raise ValueError(
+                "fit.permute_units contradicts denoiser.unit_identity, which tells units apart by the anchor head's "
+                "order: set denoiser.unit_identity to false"
+            )
+        if fit.permute_units and self.scaling != "min_max":
+            raise ValueError(
+                f"fit.permute_units contradicts scaling {self.scaling}: deviations from the mean head, permuted, give "
+                "another function; set scaling to min_max"
+            )
+        if (fit.condition_dropout > 0) != denoiser.null_condition:
+            raise ValueError(
+                f"fit.condition_dropout {fit.condition_dropout} trains the null condition, and denoiser.null_condition "
+                f"is {str(denoiser.null_condition).lower()}: set both or neither"
+            )
+
+    def _check_suites(self) -> None:
+        for sampler, steps in self.suites.samplers():
+            check_sampler(sampler, steps, self.schedule.num_timesteps)
+        for name, count in self.suites.unseen_tasks().items():
+            if count > self.zoo.unseen_tasks:
+                raise ValueError(
+                    f"suites.{name}.tasks is {count}, but the zoo keeps only {self.zoo.unseen_tasks} unseen tasks"
+                )
 
 
 def preset_names() -> list[str]:

@@ -28,6 +28,8 @@ from text2weight_training.feature_file import merge_feature_files, read_feature_
 from text2weight_training.files import TrainingDataError
 
 PADDING = -1
+# Random orders of the classes that a draw under held-out pairs goes through before it gives up.
+PICK_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -201,43 +203,143 @@ def _relabel(features: Tensor, labels: Tensor, kept: Sequence[int]) -> ClassFeat
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What no training may see.
+
+    Attributes:
+        classes: labels of classes that no training sees at all.
+        pairs: two labels each that no training task holds together; each class alone is trained on.
+    """
+
+    classes: tuple[int, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    def training_classes(self, num_classes: int) -> tuple[int, ...]:
+        """The labels that training may use, ascending."""
+        return tuple(label for label in range(num_classes) if label not in self._class_set)
+
+    def allows(self, task: Sequence[int]) -> bool:
+        """Whether a task is free of held-out classes and pairs."""
+        chosen = frozenset(task)
+        return chosen.isdisjoint(self._class_set) and all(chosen.isdisjoint(self._partners(label)) for label in chosen)
+
+    def pick(self, num_classes: int, size: int, generator: torch.Generator) -> tuple[int, ...] | None:
+        """Draw one task that is allowed.
+
+        The training classes are taken in a random order, and a class that would complete a held-out pair is
+        left out. So of each held-out pair that a plain draw would contain, the one that comes later is
+        replaced by the next class in the order. Without held-out pairs this is a plain draw.
+
+        Returns:
+            `size` labels; None where several orders left too few, so that such tasks are rare or do not exist.
+        """
+        pool = self.training_classes(num_classes)
+        for _ in range(PICK_TRIES):
+            task: list[int] = []
+            barred: set[int] = set()
+            for position in torch.randperm(len(pool), generator=generator).tolist():
+                label = pool[position]
+                if len(task) == size:
+                    break
+                if label not in barred:
+                    task.append(label)
+                    barred |= self._partners(label)
+            if len(task) == size:
+                return tuple(task)
+        return None
+
+    def _partners(self, label: int) -> frozenset[int]:
+        return self._partner_sets.get(label, frozenset())
+
+    @cached_property
+    def _class_set(self) -> frozenset[int]:
+        return frozenset(self.classes)
+
+    @cached_property
+    def _partner_sets(self) -> dict[int, frozenset[int]]:
+        partners: dict[int, set[int]] = {}
+        for one, other in self.pairs:
+            partners.setdefault(one, set()).add(other)
+            partners.setdefault(other, set()).add(one)
+        return {label: frozenset(others) for label, others in partners.items()}
+
+
+@dataclass(frozen=True)
 class TaskSplit:
-    """Tasks by their class labels, in two disjoint lists; no class combination stands in both."""
+    """Tasks by their class labels, in disjoint lists; no class combination stands in two of them.
+
+    Attributes:
+        seen: tasks to train on.
+        unseen: other combinations of the same classes, without held-out pairs.
+        held_out_pairs: tasks of training classes with held-out pairs.
+        held_out_classes: tasks of held-out classes only.
+        mixed_classes: tasks of held-out classes and training classes, half and half.
+        held_out: the classes and pairs that no training sees.
+    """
 
     seen: tuple[tuple[int, ...], ...]
     unseen: tuple[tuple[int, ...], ...]
+    held_out_pairs: tuple[tuple[int, ...], ...] = ()
+    held_out_classes: tuple[tuple[int, ...], ...] = ()
+    mixed_classes: tuple[tuple[int, ...], ...] = ()
+    held_out: HeldOut = HeldOut()
 
     def allows(self, task: Sequence[int]) -> bool:
         """Whether training may use this combination of classes."""
-        return frozenset(task) not in self._unseen_sets
+        return frozenset(task) not in self._unseen_sets and self.held_out.allows(task)
 
     @cached_property
     def _unseen_sets(self) -> frozenset[frozenset[int]]:
         return frozenset(frozenset(task) for task in self.unseen)
 
 
-def draw_tasks(num_classes: int, count: int, sizes: tuple[int, int], unseen_fraction: float, seed: int) -> TaskSplit:
+def draw_tasks(
+    num_classes: int,
+    count: int,
+    sizes: tuple[int, int],
+    unseen_fraction: float,
+    seed: int,
+    held_out: HeldOut | None = None,
+) -> TaskSplit:
     """Draw distinct class combinations with k ~ U{least..greatest} and split them once and for all.
+
+    Args:
+        num_classes: C, held-out ones included.
+        count: tasks, seen and unseen together.
+        sizes: least and greatest number of classes of a task.
+        unseen_fraction: share of the tasks kept for evaluation.
+        seed: of the draws.
+        held_out: classes and pairs that no task may contain.
 
     Raises:
         TrainingDataError: fewer classes than the largest task, or fewer combinations than tasks.
     """
+    held_out = held_out or HeldOut()
     least, greatest = sizes
-    if not 2 <= least <= greatest <= num_classes:
-        raise TrainingDataError(f"tasks of {least} to {greatest} classes need 2 <= least <= greatest <= {num_classes}")
+    available = len(held_out.training_classes(num_classes))
+    if not 2 <= least <= greatest <= available:
+        kept_out = f" ({len(held_out.classes)} of {num_classes} classes are held out)" if held_out.classes else ""
+        raise TrainingDataError(
+            f"tasks of {least} to {greatest} classes need 2 <= least <= greatest <= {available}{kept_out}"
+        )
     generator = torch.Generator().manual_seed(seed)
     tasks: dict[frozenset[int], tuple[int, ...]] = {}
     for _ in range(20 * count):
         if len(tasks) == count:
             break
         size = int(torch.randint(least, greatest + 1, (), generator=generator))
-        task = tuple(torch.randperm(num_classes, generator=generator)[:size].tolist())
+        task = held_out.pick(num_classes, size, generator)
+        if task is None:
+            raise TrainingDataError(
+                f"{len(held_out.pairs)} held-out pairs leave hardly a task of {size} of {available} classes without "
+                "one: lower zoo.held_out_pairs or the greatest zoo.task_size"
+            )
         tasks.setdefault(frozenset(task), task)
     if len(tasks) < count:
         raise TrainingDataError(f"{count} distinct tasks of {least} to {greatest} classes do not exist: ask for fewer")
     ordered = list(tasks.values())
     first_unseen = count - round(count * unseen_fraction)
-    return TaskSplit(tuple(ordered[:first_unseen]), tuple(ordered[first_unseen:]))
+    return TaskSplit(tuple(ordered[:first_unseen]), tuple(ordered[first_unseen:]), held_out=held_out)
 
 
 def pad_tasks(tasks: Sequence[Sequence[int]]) -> Tensor:

@@ -78,7 +78,7 @@ def _claim(out: Path, data: TaskData, preset: Preset, minutes: float | None, bac
     """Note what this run is made of, or check that an earlier start of it was the same."""
     description = {
         "data": data.fingerprint,
-        "preset": preset.model_dump(mode="json"),
+        "preset": preset.run_description(),
         "minutes": minutes,
         "backbone": None if backbone is None else str(backbone.resolve()),
     }

@@ -21,10 +21,13 @@ from torch import Tensor
 
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.presets import Preset
+from text2weight_training.splits import draw_split
 from text2weight_training.stacked import heads_accuracy, initial_head, train_stack
-from text2weight_training.tasks import PADDING, TaskData, TaskSplit, draw_tasks, pad_tasks
+from text2weight_training.tasks import PADDING, HeldOut, TaskData, TaskSplit, pad_tasks
 
 FORMAT = "text2weight.zoo/1"
+# Lists of evaluation tasks that a split has only where something is held out; see splits.py.
+HARDER_SPLITS = ("held_out_pairs", "held_out_classes", "mixed_classes")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Zoo:
 
     Attributes:
         split: its tasks; heads exist for the seen ones.
-        base: (P,) head after a short training on all classes.
+        base: (P,) head after a short training on all training classes.
         universal: (P,) head after a long one; the task heads' start.
         weights: (n, P) heads of the seen tasks, in the split's order.
         accuracy: (n,) their accuracy on the test features of their classes, 0..1.
@@ -58,8 +61,8 @@ def build_zoo(data: TaskData, preset: Preset, out: Path, device: str = "cpu") ->
         device: torch device.
 
     Raises:
-        TrainingDataError: features or embeddings are not of the head's size, `out` holds a zoo of other
-            data or settings, or a training diverges.
+        TrainingDataError: features or embeddings are not of the head's size, the tasks cannot be drawn, `out`
+            holds a zoo of other data or settings, or a training diverges.
         OSError: a file cannot be written, as on a full disk; the whole ones stay.
     """
     _check_sizes(data, preset)
@@ -67,7 +70,7 @@ def build_zoo(data: TaskData, preset: Preset, out: Path, device: str = "cpu") ->
     _claim(out, manifest)
     split = _split(manifest)
     here = data.to(device)
-    shared = _shared_heads(here, preset, out)
+    shared = _shared_heads(here, split, preset, out)
     size = preset.zoo.stack
     starts = range(0, len(split.seen), size)
     with Progress() as progress:
@@ -95,8 +98,8 @@ def _check_sizes(data: TaskData, preset: Preset) -> None:
 
 def _manifest(data: TaskData, preset: Preset) -> dict[str, Any]:
     zoo = preset.zoo
-    split = draw_tasks(len(data.classes), zoo.tasks, zoo.task_size, zoo.unseen_fraction, preset.seed)
-    return {
+    split = draw_split(len(data.classes), zoo, preset.seed)
+    manifest = {
         "format": FORMAT,
         "head": preset.head.model_dump(mode="json"),
         "logit_scale": preset.logit_scale,
@@ -109,6 +112,13 @@ def _manifest(data: TaskData, preset: Preset) -> dict[str, Any]:
         "seen": [list(task) for task in split.seen],
         "unseen": [list(task) for task in split.unseen],
     }
+    if split.held_out != HeldOut():
+        manifest["held_out"] = {
+            "classes": list(split.held_out.classes),
+            "pairs": [list(pair) for pair in split.held_out.pairs],
+        }
+        manifest |= {name: [list(task) for task in getattr(split, name)] for name in HARDER_SPLITS}
+    return manifest
 
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
@@ -126,10 +136,10 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _shared_heads(data: TaskData, preset: Preset, out: Path) -> dict[str, Tensor]:
+def _shared_heads(data: TaskData, split: TaskSplit, preset: Preset, out: Path) -> dict[str, Tensor]:
     path = out / "shared.safetensors"
     if not _holds(path, {"base": (preset.head.num_parameters,), "universal": (preset.head.num_parameters,)}):
-        everything = [tuple(range(len(data.classes)))]
+        everything = [split.held_out.training_classes(len(data.classes))]
         start = initial_head(preset.head, preset.seed)
         recipes = {"base": preset.zoo.base, "universal": preset.zoo.universal}
         heads = {}
@@ -209,7 +219,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _split(manifest: dict[str, Any]) -> TaskSplit:
-    return TaskSplit(*(tuple(tuple(task) for task in manifest[name]) for name in ("seen", "unseen")))
+    def tasks(name: str) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(task) for task in manifest.get(name, []))
+
+    held_out = manifest.get("held_out", {"classes": [], "pairs": []})
+    return TaskSplit(
+        seen=tuple(tuple(task) for task in manifest["seen"]),
+        unseen=tuple(tuple(task) for task in manifest["unseen"]),
+        held_out_pairs=tasks("held_out_pairs"),
+        held_out_classes=tasks("held_out_classes"),
+        mixed_classes=tasks("mixed_classes"),
+        held_out=HeldOut(tuple(held_out["classes"]), tuple((one, other) for one, other in held_out["pairs"])),
+    )
 
 
 def load_zoo(folder: Path) -> Zoo:

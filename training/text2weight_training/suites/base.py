@@ -1,0 +1,97 @@
+"""What every evaluation suite is given, and the measurements they share.
+
+Letters: M tasks, J heads, N test features of a task, K its classes, P numbers in one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from text2weight.generator import Generator
+from text2weight_training.files import TrainingDataError
+from text2weight_training.presets import Preset
+from text2weight_training.stacked import stacked_logits
+from text2weight_training.tasks import TaskData
+from text2weight_training.zoo import Zoo
+
+Task = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """One checkpoint under measurement.
+
+    Attributes:
+        data: features and embeddings, the zoo's own.
+        zoo: source of tasks and of heads to compare with.
+        generator: the checkpoint.
+        preset: its `suites` section holds each suite's settings.
+        out: folder that figures are written into.
+    """
+
+    data: TaskData
+    zoo: Zoo
+    generator: Generator
+    preset: Preset
+    out: Path
+
+
+Suite = Callable[[SuiteRun], dict[str, Any]]
+
+
+def take_tasks(tasks: Sequence[Task], count: int, setting: str, kind: str) -> list[Task]:
+    """The first `count` tasks.
+
+    Args:
+        tasks: the zoo's unseen or seen ones.
+        count: how many the suite wants.
+        setting: full name of the setting that says so, for the error.
+        kind: "unseen" or "seen", likewise.
+
+    Raises:
+        TrainingDataError: there are fewer.
+    """
+    if count > len(tasks):
+        raise TrainingDataError(
+            f"{setting} is {count}: the zoo has only {len(tasks)} {kind} tasks, lower it or build a larger zoo"
+        )
+    return list(tasks[:count])
+
+
+def method_name(sampler: str, steps: int) -> str:
+    """How results call generated heads: "SAMPLER/STEPS"."""
+    return f"{sampler}/{steps}"
+
+
+@torch.no_grad()
+def task_logits(run: SuiteRun, heads: Tensor, task: Task, features: Tensor) -> Tensor:
+    """Logits of heads (J, P) on features (N, d) for a task's K classes: (J, N, K)."""
+    texts = run.data.embeddings[list(task)]  # (K, D)
+    mask = torch.ones(1, len(task), dtype=torch.bool)  # (1, K)
+    return stacked_logits(run.preset.head, heads, features, texts, run.preset.logit_scale, mask)
+
+
+def task_hits(run: SuiteRun, heads: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Which test features of a task's classes each head classifies right.
+
+    Args:
+        run: the measurement.
+        heads: (J, P).
+        task: K class labels.
+
+    Returns:
+        (J, N) bool and the targets (N,), positions within the task.
+    """
+    features, targets = run.data.test.of_task(task)  # (N, d), (N,)
+    return task_logits(run, heads, task, features).argmax(-1) == targets, targets
+
+
+def task_accuracy(run: SuiteRun, heads: Tensor, task: Task) -> Tensor:
+    """Top-1 accuracy of heads (J, P) on a task's test features: (J,), 0..1."""
+    return task_hits(run, heads, task)[0].float().mean(-1)

@@ -1,0 +1,70 @@
+"""Run suites on one checkpoint: one JSON file and its figures for each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from text2weight.generator import created_by
+from text2weight_training.evaluate import load_generator
+from text2weight_training.files import atomic_path
+from text2weight_training.presets import Preset
+from text2weight_training.suites import choose_suites, load_suite
+from text2weight_training.suites.base import SuiteRun
+from text2weight_training.tasks import TaskData
+from text2weight_training.zoo import Zoo, check_zoo_fits
+
+FORMAT = "text2weight.suite/1"
+
+
+def run_suites(
+    names: Sequence[str], data: TaskData, zoo: Zoo, checkpoint: Path, preset: Preset, out: Path
+) -> Iterator[dict[str, Any]]:
+    """Run suites one after the other, each written to `out`/NAME.json when it is done.
+
+    Args:
+        names: suites, or "all".
+        data: features and embeddings, the zoo's own.
+        zoo: the zoo that the checkpoint was trained on.
+        checkpoint: folder of the checkpoint to measure.
+        preset: its `suites` section holds the settings.
+        out: folder for the results.
+
+    Yields:
+        what was written: `format`, `suite`, `checkpoint` (its sha256), `settings`, `seed`, `backbone`, `created_by`,
+        `seconds` (wall time), and the suite's own `result`.
+
+    Raises:
+        TrainingDataError: an unknown suite, a zoo or checkpoint that does not fit, or too little data for a suite.
+    """
+    chosen = choose_suites(names)
+    check_zoo_fits(zoo, data, preset)
+    run = SuiteRun(data, zoo, load_generator(checkpoint, data, zoo, preset), preset, out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        started = time.perf_counter()
+        result = load_suite(name).run(run)
+        written = {
+            "format": FORMAT,
+            "suite": name,
+            "checkpoint": run.generator.checkpoint_hash,
+            "settings": preset.suites.model_dump(mode="json")[name],
+            "seed": preset.seed,
+            "backbone": data.backbone["name"],
+            "created_by": created_by(),
+            "seconds": round(time.perf_counter() - started, 1),
+            "result": result,
+        }
+        with atomic_path(out / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
+        yield written
+
+
+def with_paraphrases(preset: Preset, tables: Sequence[str]) -> Preset:
+    """The preset with more paraphrase tables (FILE#TABLE) for the suite `reading`."""
+    reading = preset.suites.reading
+    changed = reading.model_copy(update={"paraphrases": (*reading.paraphrases, *tables)})
+    return preset.model_copy(update={"suites": preset.suites.model_copy(update={"reading": changed})})
