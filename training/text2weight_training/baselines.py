@@ -193,7 +193,7 @@ def restricted_universal_head(
         features, targets = data.train.sample(tasks, recipe.batch_size, generator)  # (M, s, d), (M, s)
         text, mask = task_embeddings(data.embeddings, tasks)
         logits = stacked_logits(
-            preset.head, flat.expand(len(tasks), -1), features, text, preset.logit_scale, mask
+            preset.head, flat.expand(len(tasks), -1), features.float(), text, preset.logit_scale, mask
         )  # (M, s, K)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad(set_to_none=True)

@@ -20,8 +20,7 @@ from text2weight.merging import average, git_rebasin, task_arithmetic, ties
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
 from text2weight_training.files import TrainingDataError
-from text2weight_training.stacked import train_stack
-from text2weight_training.suites.base import SuiteRun, Task, method_name, task_accuracy, task_logits
+from text2weight_training.suites.base import SuiteRun, Task, method_name, task_accuracy, task_logits, train_heads
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.regmean import layer_grams, regmean
 from text2weight_training.suites.tables import markdown_table, percent, points
@@ -56,7 +55,8 @@ def run(run: SuiteRun) -> dict[str, Any]:
     """
     settings, preset = run.preset.suites.fuse, run.preset
     pairs = draw_pairs(run, settings.pairs, settings.task_size)
-    trained = {part: _train(run, [getattr(pair, part) for pair in pairs]) for part in SCORES}
+    oracle, seed = run.preset.evaluation.oracle, run.preset.seed
+    trained = {part: train_heads(run, [getattr(pair, part) for pair in pairs], oracle, seed) for part in SCORES}
     sampler, steps = settings.samplers[0]
     made = {part: _generate(run, [getattr(pair, part) for pair in pairs], sampler, steps) for part in SCORES}
     union = _union_name(sampler, steps)
@@ -127,26 +127,6 @@ def _union_name(sampler: str, steps: int) -> str:
 
 def _generate(run: SuiteRun, tasks: list[Task], sampler: str, steps: int) -> Tensor:
     return generate_heads(run.generator, run.data, tasks, sampler, steps, run.preset.seed)  # (M, P)
-
-
-def _train(run: SuiteRun, tasks: list[Task]) -> Tensor:
-    """Heads trained on tasks' own data from the universal head, by the evaluation's oracle recipe: (M, P)."""
-    preset, data, parts = run.preset, run.data, []
-    for start in range(0, len(tasks), preset.zoo.stack):
-        part = tasks[start : start + preset.zoo.stack]
-        parts.append(
-            train_stack(
-                preset.head,
-                run.zoo.universal,
-                part,
-                data.train,
-                data.embeddings,
-                preset.logit_scale,
-                preset.evaluation.oracle,
-                preset.seed + start,
-            )
-        )
-    return torch.cat(parts)
 
 
 def merge_all(run: SuiteRun, pairs: list[Pair], two: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -20,8 +20,15 @@ from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
 from text2weight_training.files import TrainingDataError
 from text2weight_training.splits import training_center
-from text2weight_training.stacked import train_stack
-from text2weight_training.suites.base import SuiteRun, Task, method_name, take_tasks, task_accuracy, task_hits
+from text2weight_training.suites.base import (
+    SuiteRun,
+    Task,
+    method_name,
+    take_tasks,
+    task_accuracy,
+    task_hits,
+    train_heads,
+)
 from text2weight_training.suites.figures import new_figure, save_figure
 from text2weight_training.suites.nearest import Nearest, aligned_distances, nearest_heads
 from text2weight_training.suites.tables import markdown_table, number, percent
@@ -88,24 +95,8 @@ def _generate(run: SuiteRun, tasks: list[Task], sampler: str, steps: int, repeat
 
 def _train(run: SuiteRun, tasks: list[Task], repeat: int) -> Tensor:
     """Heads trained as the zoo's were, on other draws of samples: (M, P)."""
-    preset, data, parts = run.preset, run.data, []
-    for start in range(0, len(tasks), preset.zoo.stack):
-        # Far from the seeds that the zoo itself counts up from.
-        seed = preset.seed + 1_000_000 * (repeat + 1) + start
-        part = tasks[start : start + preset.zoo.stack]
-        parts.append(
-            train_stack(
-                preset.head,
-                run.zoo.universal,
-                part,
-                data.train,
-                data.embeddings,
-                preset.logit_scale,
-                preset.zoo.heads,
-                seed,
-            )
-        )
-    return torch.cat(parts)
+    # Far from the seeds that the zoo itself counts up from.
+    return train_heads(run, tasks, run.preset.zoo.heads, run.preset.seed + 1_000_000 * (repeat + 1))
 
 
 def zoo_baselines(run: SuiteRun, tasks: list[Task]) -> dict[str, Tensor]:
