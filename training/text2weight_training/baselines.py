@@ -20,7 +20,7 @@ from text2weight.weight_space import WeightSpace
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center
-from text2weight_training.stacked import HeadRecipe, cosine_decay, heads_accuracy, stacked_logits, train_stack
+from text2weight_training.stacked import HeadRecipe, heads_accuracy, minimise, stacked_logits, train_in_stacks
 from text2weight_training.tasks import TaskData, pad_tasks, task_embeddings
 from text2weight_training.zoo import Zoo
 
@@ -153,15 +153,12 @@ def oracle_heads(
 
     `on_stack` is called with the number of heads each finished stack adds.
     """
-    trained: dict[str, list[Tensor]] = {"base": [], "universal": []}
-    for start in range(0, len(tasks), stack):
-        part = tasks[start : start + stack]
-        for name, head in (("base", zoo.base), ("universal", zoo.universal)):
-            trained[name].append(
-                train_stack(spec, head, part, data.train, data.embeddings, logit_scale, recipe, seed + start)
-            )
-            on_stack(len(part))
-    return {name: torch.cat(parts).cpu() for name, parts in trained.items()}
+    return {
+        name: train_in_stacks(
+            spec, head, tasks, data.train, data.embeddings, logit_scale, recipe, seed, stack, on_stack
+        ).cpu()
+        for name, head in (("base", zoo.base), ("universal", zoo.universal))
+    }
 
 
 def restricted_universal_head(
@@ -182,11 +179,8 @@ def restricted_universal_head(
     """
     settings = preset.suites.accuracy
     recipe = settings.restricted_universal
-    flat = zoo.universal.clone().requires_grad_()  # (P,)
-    optimizer = torch.optim.AdamW([flat], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-    generator = torch.Generator().manual_seed(preset.seed)
-    for step in range(recipe.steps):
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate * cosine_decay(step / recipe.steps)
+
+    def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
         tasks = draw_fresh_tasks(
             zoo.split, len(data.classes), settings.restricted_tasks, preset.fit.fresh_task_size, generator
         )  # (M, K)
@@ -195,13 +189,9 @@ def restricted_universal_head(
         logits = stacked_logits(
             preset.head, flat.expand(len(tasks), -1), features.float(), text, preset.logit_scale, mask
         )  # (M, s, K)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if on_step is not None:
-            on_step()
-    trained = flat.detach()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    trained, _ = minimise(zoo.universal.clone(), loss, recipe, preset.seed, on_step)  # (P,)
     if not bool(torch.isfinite(trained).all()):
         raise TrainingDataError(
             "the universal head trained on tasks diverged: lower suites.accuracy.restricted_universal.learning_rate"

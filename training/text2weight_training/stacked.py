@@ -112,24 +112,76 @@ def train_stack(
     device = features.features.device
     labels = pad_tasks(tasks).to(device)  # (M, K)
     targets_text, mask = task_embeddings(embeddings, labels)  # (M, K, D), (M, K)
-    flat = start.to(device).expand(len(tasks), -1).clone().requires_grad_()  # (M, P)
+
+    def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
+        batch, target = features.sample(labels, recipe.batch_size, generator)  # (M, n, d), (M, n)
+        logits = stacked_logits(spec, flat, batch.float(), targets_text, logit_scale, mask)  # (M, n, K)
+        # Summed over heads and averaged over samples: each head's gradient is its own mean loss's.
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / recipe.batch_size
+
+    flat = start.to(device).expand(len(tasks), -1).clone()  # (M, P)
+    trained, last = minimise(flat, loss, recipe, seed, on_step)
+    if not bool(torch.isfinite(trained).all()):
+        raise TrainingDataError(f"head training diverged (loss {last}): lower the learning rate")
+    return trained
+
+
+def minimise(
+    flat: Tensor,
+    loss: Callable[[Tensor, torch.Generator], Tensor],
+    recipe: HeadRecipe,
+    seed: int,
+    on_step: Callable[[], None] | None = None,
+) -> tuple[Tensor, float]:
+    """Run a recipe's optimiser on weights (..., P).
+
+    Args:
+        flat: initial weights; changed in place.
+        loss: of the weights; what it draws comes from the generator, one for the whole run.
+        recipe: optimiser settings.
+        seed: of the generator.
+        on_step: called after every step.
+
+    Returns:
+        the weights, which the caller checks, and the last step's loss.
+    """
+    flat.requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(seed)
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * cosine_decay(step / recipe.steps)
-        batch, target = features.sample(labels, recipe.batch_size, generator)  # (M, n, d), (M, n)
-        logits = stacked_logits(spec, flat, batch.float(), targets_text, logit_scale, mask)  # (M, n, K)
-        # Summed over heads and averaged over samples: each head's gradient is its own mean loss's.
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / recipe.batch_size
+        value = loss(flat, generator)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
         if on_step is not None:
             on_step()
-    trained = flat.detach()
-    if not bool(torch.isfinite(trained).all()):
-        raise TrainingDataError(f"head training diverged (loss {float(loss.detach())}): lower the learning rate")
-    return trained
+    return flat.detach(), float(value.detach())
+
+
+def train_in_stacks(
+    spec: HeadSpec,
+    start: Tensor,
+    tasks: list[tuple[int, ...]],
+    features: ClassFeatures,
+    embeddings: Tensor,
+    logit_scale: float,
+    recipe: HeadRecipe,
+    seed: int,
+    stack: int,
+    on_stack: Callable[[int], None] | None = None,
+) -> Tensor:
+    """`train_stack` for any number of tasks, `stack` at a time: (M, P).
+
+    The stack that begins with task i draws with seed + i; `on_stack` is called with the number of its heads.
+    """
+    trained = []
+    for first in range(0, len(tasks), stack):
+        part = tasks[first : first + stack]
+        trained.append(train_stack(spec, start, part, features, embeddings, logit_scale, recipe, seed + first))
+        if on_stack is not None:
+            on_stack(len(part))
+    return torch.cat(trained)
 
 
 def cosine_decay(progress: float) -> float:

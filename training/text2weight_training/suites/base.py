@@ -16,7 +16,7 @@ from torch import Tensor
 from text2weight.generator import Generator
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import Preset
-from text2weight_training.stacked import HeadRecipe, stacked_logits, train_stack
+from text2weight_training.stacked import HeadRecipe, stacked_logits, train_in_stacks
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo
 
@@ -71,21 +71,18 @@ def method_name(sampler: str, steps: int) -> str:
 
 def train_heads(run: SuiteRun, tasks: list[Task], recipe: HeadRecipe, seed: int) -> Tensor:
     """Heads trained on tasks' own data from the universal head, in the preset's stacks: (M, P)."""
-    data, preset, stack = run.data, run.preset, run.preset.zoo.stack
-    parts = [
-        train_stack(
-            preset.head,
-            run.zoo.universal,
-            tasks[start : start + stack],
-            data.train,
-            data.embeddings,
-            preset.logit_scale,
-            recipe,
-            seed + start,
-        )
-        for start in range(0, len(tasks), stack)
-    ]
-    return torch.cat(parts)
+    data, preset = run.data, run.preset
+    return train_in_stacks(
+        preset.head,
+        run.zoo.universal,
+        tasks,
+        data.train,
+        data.embeddings,
+        preset.logit_scale,
+        recipe,
+        seed,
+        preset.zoo.stack,
+    )
 
 
 @torch.no_grad()

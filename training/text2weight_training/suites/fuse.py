@@ -55,8 +55,10 @@ def run(run: SuiteRun) -> dict[str, Any]:
     """
     settings, preset = run.preset.suites.fuse, run.preset
     pairs = draw_pairs(run, settings.pairs, settings.task_size)
-    oracle, seed = run.preset.evaluation.oracle, run.preset.seed
-    trained = {part: train_heads(run, [getattr(pair, part) for pair in pairs], oracle, seed) for part in SCORES}
+    trained = {
+        part: train_heads(run, [getattr(pair, part) for pair in pairs], preset.evaluation.oracle, preset.seed)
+        for part in SCORES
+    }
     sampler, steps = settings.samplers[0]
     made = {part: _generate(run, [getattr(pair, part) for pair in pairs], sampler, steps) for part in SCORES}
     union = _union_name(sampler, steps)

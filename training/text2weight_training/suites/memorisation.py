@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from text2weight_training.baselines import pooled_text
+from text2weight_training.baselines import text_similarity
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
 from text2weight_training.files import TrainingDataError
-from text2weight_training.splits import training_center
 from text2weight_training.suites.base import (
     SuiteRun,
     Task,
@@ -102,7 +100,8 @@ def _train(run: SuiteRun, tasks: list[Task], repeat: int) -> Tensor:
 def zoo_baselines(run: SuiteRun, tasks: list[Task]) -> dict[str, Tensor]:
     """Cheap ways to a "new" head: the zoo head of the closest text plus noise, and averages of close ones, (M, P)."""
     settings, zoo = run.preset.suites.memorisation, run.zoo
-    order = _closest_texts(run, tasks, max((1, *settings.neighbours)))  # (M, most)
+    similarity = text_similarity(run.data, zoo, tasks)  # (M, n)
+    order = similarity.topk(max((1, *settings.neighbours)), dim=1).indices  # (M, most), closest first
     closest = zoo.weights[order[:, 0]]  # (M, P)
     deviation = (zoo.weights - zoo.weights.mean(0)).square().mean().sqrt()
     generator = torch.Generator().manual_seed(run.preset.seed)
@@ -113,14 +112,6 @@ def zoo_baselines(run: SuiteRun, tasks: list[Task]) -> dict[str, Tensor]:
     for count in settings.neighbours:
         heads[f"average of the {count} closest"] = zoo.weights[order[:, :count]].mean(1)
     return heads
-
-
-def _closest_texts(run: SuiteRun, tasks: list[Task], count: int) -> Tensor:
-    """Indices of the zoo heads whose pooled text is closest by cosine, closest first: (M, count)."""
-    center = training_center(run.data.embeddings, run.zoo.split)  # (D,)
-    here = F.normalize(pooled_text(run.data, tasks, center), dim=-1)  # (M, D)
-    there = F.normalize(pooled_text(run.data, run.zoo.split.seen, center), dim=-1)  # (n, D)
-    return (here @ there.T).topk(count, dim=1).indices
 
 
 def shared_mistakes(run: SuiteRun, task: Task, first: Tensor, second: Tensor) -> float:
