@@ -33,6 +33,7 @@ PAPER = {
 EVERYTHING = {**DROPOUT, **IMPLICIT, "fit__symmetry_weight": 0.1, "fit__adversarial_weight": 0.01}
 VARIANTS = [
     pytest.param({"fit__symmetry_weight": 0.1}, {"symmetry"}, id="symmetry"),
+    pytest.param({"fit__label_smoothing": 0.1, "fit__feature_dropout": 0.1}, set(), id="regularised"),
     pytest.param(IMPLICIT, set(), id="permuted units"),
     pytest.param({"fit__adversarial_weight": 0.01}, {"adversarial", "discriminator"}, id="adversarial"),
     pytest.param(DROPOUT, set(), id="dropout"),

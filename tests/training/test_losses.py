@@ -13,7 +13,15 @@ from tests.tiny import TINY_DIM, TINY_SPEC, tiny_condition, tiny_space
 from text2weight.condition import Condition
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.head import apply_heads, class_logits
-from text2weight_training.losses import DenoisingLosses, TaskBatch
+from text2weight_training.losses import (
+    DROPOUT_RUN,
+    DenoisingLosses,
+    TaskBatch,
+    drop_features,
+    make_task_batch,
+    smoothed_cross_entropy,
+)
+from text2weight_training.tasks import PADDING, ClassFeatures
 
 SCHEDULE = NoiseSchedule(num_timesteps=40)
 COUNTS = (2, 5, 3)
@@ -84,3 +92,37 @@ def test_a_hidden_condition_hides_nothing_from_the_task_loss() -> None:
     chosen = hidden.select(torch.tensor([1]))
     assert chosen.condition.count.tolist() == [5]
     assert torch.equal(chosen.text[0], tasks.text[1])
+
+
+def test_label_smoothing_spreads_over_the_classes_a_task_has() -> None:
+    """Two classes with probabilities 1/4 and 3/4, and a padded third: smoothing 0.2 counts the two halves of 0.2."""
+    logits = torch.tensor([[[math.log(0.25), math.log(0.75), float("-inf")]]], requires_grad=True)  # (1, 1, 3)
+    mask = torch.tensor([[True, True, False]])
+    found = smoothed_cross_entropy(logits, torch.tensor([[1]]), mask, 0.2)
+    assert found.item() == pytest.approx(-0.9 * math.log(0.75) - 0.1 * math.log(0.25), rel=1e-6)
+    found.backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[0, 0], torch.tensor([0.25 - 0.1, 0.75 - 0.9, 0.0]))
+
+
+def test_dropped_features_keep_their_mean_and_share_masks_in_runs() -> None:
+    features = torch.ones(3, 2 * DROPOUT_RUN + 5, 2000)
+    drop_features(features, 0.25, torch.Generator().manual_seed(0))
+    assert features.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float(features.mean()) == pytest.approx(1, abs=0.02)
+    first, second, rest = features.split(DROPOUT_RUN, dim=1)
+    for run in (first, second, rest):
+        assert torch.equal(run, run[:, :1].expand_as(run))
+    assert not torch.equal(first[:, 0], second[:, 0])
+    assert not torch.equal(first[0, 0], first[1, 0])
+
+
+def test_a_batch_with_dropout_leaves_the_stored_features_as_they_are() -> None:
+    stored = ClassFeatures.from_labels(torch.ones(6, 40), torch.arange(6) % 3, 3)
+    tasks = torch.tensor([[0, 2, PADDING], [2, 1, 0]])
+    texts = F.normalize(torch.randn(3, TINY_DIM, generator=torch.Generator().manual_seed(2)), dim=-1)
+    plain = make_task_batch(tasks, texts, stored, 8, torch.Generator().manual_seed(1))
+    dropped = make_task_batch(tasks, texts, stored, 8, torch.Generator().manual_seed(1), 0.5)
+    assert torch.equal(plain.targets, dropped.targets)
+    assert bool((dropped.features == 0).any())
+    assert bool((stored.features == 1).all())

@@ -110,7 +110,12 @@ class Fit:
         )
         self._model, self._optimizer = self._accelerator.prepare(self.denoiser, optimizer)
         self._losses = DenoisingLosses(
-            preset.head, self.space.to(target), preset.schedule, preset.prediction, preset.logit_scale
+            preset.head,
+            self.space.to(target),
+            preset.schedule,
+            preset.prediction,
+            preset.logit_scale,
+            preset.fit.label_smoothing,
         )
         self.adversary: Adversary | None = None
         if preset.fit.adversarial_weight:
@@ -205,7 +210,9 @@ class Fit:
             ).to(device)
             tasks = _stack_tasks(tasks, drawn)  # (B, K), zoo items first
         samples = settings.samples if settings.task_weight else 0
-        batch = make_task_batch(tasks, self._data.embeddings, self._features, samples, generator)
+        batch = make_task_batch(
+            tasks, self._data.embeddings, self._features, samples, generator, settings.feature_dropout
+        )
         start = torch.randn(fresh, clean.shape[1], generator=generator).to(device)  # (b, P)
         noise = torch.randn(len(tasks), clean.shape[1], generator=generator).to(device)  # (B, P)
         steps = torch.randint(1, self.preset.schedule.num_timesteps + 1, (len(tasks),), generator=generator)  # (B,)

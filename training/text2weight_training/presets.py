@@ -103,6 +103,8 @@ class FitSettings(_Strict):
             and the adversarial loss use them; without both none are drawn.
         fresh_task_size: least and greatest number of classes of those.
         samples: feature samples per task for the task loss.
+        label_smoothing: of the task loss's targets; against fitting the training features too closely.
+        feature_dropout: share of each sample's numbers that are dropped; likewise.
         diffusion_weight: factor of the diffusion loss.
         task_weight: factor of the task loss.
         symmetry_weight: factor of the equivariance loss.
@@ -123,6 +125,8 @@ class FitSettings(_Strict):
     fresh_batch: NonNegativeInt = 32
     fresh_task_size: TaskSize = (2, 32)
     samples: PositiveInt = 128
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
+    feature_dropout: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
     diffusion_weight: NonNegativeFloat = 1.0
     task_weight: NonNegativeFloat = 1.0
     symmetry_weight: NonNegativeFloat = 0.0
