@@ -44,4 +44,5 @@ def between(first: Tensor, second: Tensor, places: Tensor) -> Tensor:
 
 def equally_long(first: Tensor, second: Tensor) -> Tensor:
     """A direction (P,) with the length of another: the second's course, the first's length."""
-    return second * (first.norm() / second.norm())
+    scaled: Tensor = second * (first.norm() / second.norm())
+    return scaled

@@ -234,9 +234,12 @@ def _plot(run: SuiteRun, result: dict[str, Any]) -> None:
     accuracy.axhline(100 * result["oracle"]["value"], color="grey", linestyle=":", label="oracle")
     # Linear from 0 to 1, as a logarithm has no place for the start itself.
     loss.set_xscale("symlog", linthresh=1)
+    marks = [step for step in result["steps"] if step == 0 or f"{step}".strip("0") == "1"]
+    loss.set_xticks(marks, [f"{step}" for step in marks])
+    loss.set_xlim(0, result["steps"][-1])
     loss.set(xlabel="training steps", ylabel="loss on training features, nats", yscale="log")
     accuracy.set(xlabel="training steps", ylabel="top-1 accuracy on unseen tasks, %")
-    accuracy.legend(fontsize="x-small")
+    figure.legend(*accuracy.get_legend_handles_labels(), loc="outside right center", fontsize="x-small")
     save_figure(figure, run.out / "init")
 
 

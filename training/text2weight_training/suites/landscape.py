@@ -227,7 +227,7 @@ def _plot(run: SuiteRun, result: dict[str, Any]) -> None:
     line.set(xlabel=f"from {result['generated']} (0) to {result['xavier']} (1)", ylabel="loss, nats")
     rise.set(xlabel="length of a random step, in filter lengths", ylabel="rise of the loss, nats")
     for axes in (line, rise):
-        axes.legend(fontsize="x-small")
+        axes.legend(fontsize="x-small", handlelength=4)
     save_figure(figure, run.out / "landscape")
     for kind in result["surfaces"]:
         _draw_surfaces(run, result["surfaces"][kind], kind)
@@ -237,11 +237,12 @@ def _draw_surfaces(run: SuiteRun, surfaces: dict[str, Any], kind: str) -> None:
     """Contours of every start's surface of a kind, on one logarithmic scale of the loss."""
     figure, panels = new_figure(len(surfaces), sharey=True)
     every = np.clip([surface["loss"] for surface in surfaces.values()], LEAST_LOSS, None)  # (starts, b, a)
-    least, greatest = every.min(), max(every.max(), 1.01 * every.min())
+    # A little wider than the losses, so that rounding leaves no hole at either end.
+    least, greatest = 0.99 * every.min(), 1.01 * every.max()
     levels = np.geomspace(least, greatest, 25)
     for axes, (name, surface), losses in zip(panels, surfaces.items(), every, strict=True):
         places = np.linspace(-surface["extent"], surface["extent"], len(losses))
-        contours = axes.contourf(places, places, losses, levels=levels, norm="log", cmap="viridis", extend="both")
+        contours = axes.contourf(places, places, losses, levels=levels, norm="log", cmap="viridis")
         if kind == TASKS:
             axes.plot([0], [0], "wo", markersize=4)
         axes.plot([int(kind == TASKS)], [0], "wx")
