@@ -61,7 +61,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
     Raises:
         TrainingDataError: the zoo has too few unseen tasks, or a training diverges.
     """
-    settings, preset = run.preset.suites.init, run.preset
+    settings = run.preset.suites.init
     count = settings.tasks + settings.tuning_tasks
     unseen = take_tasks(run.zoo.split.unseen, count, "suites.init.tasks + tuning_tasks", "unseen")
     tasks, tuning = unseen[: settings.tasks], unseen[settings.tasks :]
@@ -74,9 +74,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
             chosen[name] = tune(run, tuning, start)
             trained[name] = train_curves(run, tasks, start, best_rate(chosen[name]), settings.seeds)
             progress.advance(bar)
-    bootstrap = PairedBootstrap(len(tasks), settings.bootstrap, preset.seed)
     headline = next(iter(starts))
-    places = {"before": 0, "few": settings.steps.index(settings.few), "end": -1}
     result = {
         "tasks": len(tasks),
         "seeds": settings.seeds,
@@ -84,25 +82,37 @@ def run(run: SuiteRun) -> dict[str, Any]:
         "steps": list(settings.steps),
         "few": settings.few,
         "share": settings.share,
-        "oracle": bootstrap.summary(oracle),
+        "oracle": _bootstrap(run).summary(oracle),
         "headline": headline,
         "starts": {
             name: {
                 "learning_rate": best_rate(chosen[name]),
                 "tuning": {f"{rate:g}": score for rate, score in chosen[name].items()},
-                "loss": [bootstrap.summary(values) for values in curves.loss.mean(1)],
-                "accuracy": [bootstrap.summary(values) for values in curves.accuracy.mean(1)],
-                "gain": {
-                    place: bootstrap.summary((trained[headline].accuracy - curves.accuracy)[i].mean(0))
-                    for place, i in places.items()
-                },
-                "reaching": _reaching(curves.accuracy, settings.share * oracle, settings.steps, bootstrap),
             }
+            | _describe(run, curves, trained[headline], oracle)
             for name, curves in trained.items()
         },
     }
     _plot(run, result)
     return result
+
+
+def _bootstrap(run: SuiteRun) -> PairedBootstrap:
+    settings = run.preset.suites.init
+    return PairedBootstrap(settings.tasks, settings.bootstrap, run.preset.seed)
+
+
+def _describe(run: SuiteRun, curves: Curves, lead: Curves, oracle: np.ndarray) -> dict[str, Any]:
+    """Curves of a start, how far the headline's lead its own, and how soon they come up to the oracle's (M,)."""
+    settings, bootstrap = run.preset.suites.init, _bootstrap(run)
+    ahead = (lead.accuracy - curves.accuracy).mean(1)  # (T, M)
+    places = {"before": 0, "few": settings.steps.index(settings.few), "end": -1}
+    return {
+        "loss": [bootstrap.summary(values) for values in curves.loss.mean(1)],
+        "accuracy": [bootstrap.summary(values) for values in curves.accuracy.mean(1)],
+        "gain": {place: bootstrap.summary(ahead[i]) for place, i in places.items()},
+        "reaching": _reaching(curves.accuracy, settings.share * oracle, settings.steps, bootstrap),
+    }
 
 
 def _oracle(run: SuiteRun, tasks: list[Task]) -> np.ndarray:
