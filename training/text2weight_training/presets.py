@@ -248,7 +248,7 @@ class Preset(_Strict):
         for name, count in self.suites.unseen_tasks().items():
             if count > self.zoo.unseen_tasks:
                 raise ValueError(
-                    f"suites.{name}.tasks is {count}, but the zoo keeps only {self.zoo.unseen_tasks} unseen tasks"
+                    f"suites.{name} is {count}, but the zoo keeps only {self.zoo.unseen_tasks} unseen tasks"
                 )
 
 

@@ -89,6 +89,7 @@ def train_stack(
     recipe: HeadRecipe,
     seed: int,
     on_step: Callable[[], None] | None = None,
+    on_weights: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Train one head per task by cross-entropy on cached features.
 
@@ -102,6 +103,7 @@ def train_stack(
         recipe: optimiser settings.
         seed: of the samples drawn.
         on_step: called after every step.
+        on_weights: likewise, with the number of steps done and the weights (M, P), which change with the next step.
 
     Returns:
         (M, P) trained weights.
@@ -120,7 +122,7 @@ def train_stack(
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / recipe.batch_size
 
     flat = start.to(device).expand(len(tasks), -1).clone()  # (M, P)
-    trained, last = minimise(flat, loss, recipe, seed, on_step)
+    trained, last = minimise(flat, loss, recipe, seed, on_step, on_weights)
     if not bool(torch.isfinite(trained).all()):
         raise TrainingDataError(f"head training diverged (loss {last}): lower the learning rate")
     return trained
@@ -132,6 +134,7 @@ def minimise(
     recipe: HeadRecipe,
     seed: int,
     on_step: Callable[[], None] | None = None,
+    on_weights: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, float]:
     """Run a recipe's optimiser on weights (..., P).
 
@@ -141,6 +144,7 @@ def minimise(
         recipe: optimiser settings.
         seed: of the generator.
         on_step: called after every step.
+        on_weights: likewise, with the number of steps done and the weights, which change with the next step.
 
     Returns:
         the weights, which the caller checks, and the last step's loss.
@@ -156,6 +160,8 @@ def minimise(
         optimizer.step()
         if on_step is not None:
             on_step()
+        if on_weights is not None:
+            on_weights(step + 1, flat.detach())
     return flat.detach(), float(value.detach())
 
 
@@ -170,15 +176,30 @@ def train_in_stacks(
     seed: int,
     stack: int,
     on_stack: Callable[[int], None] | None = None,
+    on_weights: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """`train_stack` for any number of tasks, `stack` at a time: (M, P).
 
-    The stack that begins with task i draws with seed + i; `on_stack` is called with the number of its heads.
+    The stack that begins with task i draws with seed + i; `on_stack` is called with the number of its heads,
+    `on_weights` as by `train_stack` for one stack after the other.
     """
     trained = []
+    starts = start.expand(len(tasks), -1)  # (M, P)
     for first in range(0, len(tasks), stack):
-        part = tasks[first : first + stack]
-        trained.append(train_stack(spec, start, part, features, embeddings, logit_scale, recipe, seed + first))
+        part, begin = tasks[first : first + stack], starts[first : first + stack]
+        trained.append(
+            train_stack(
+                spec,
+                begin,
+                part,
+                features,
+                embeddings,
+                logit_scale,
+                recipe,
+                seed + first,
+                on_weights=on_weights,
+            )
+        )
         if on_stack is not None:
             on_stack(len(part))
     return torch.cat(trained)

@@ -22,6 +22,8 @@ SUITES = {
     "reading": "text2weight_training.suites.reading",
     "denoising": "text2weight_training.suites.denoising",
     "fuse": "text2weight_training.suites.fuse",
+    "init": "text2weight_training.suites.init",
+    "landscape": "text2weight_training.suites.landscape",
     "memorisation": "text2weight_training.suites.memorisation",
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from text2weight.generator import Generator
@@ -21,6 +22,8 @@ from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo
 
 Task = tuple[int, ...]
+# Heads whose logits are held at once.
+HEADS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,31 @@ def method_name(sampler: str, steps: int) -> str:
     return f"{sampler}/{steps}"
 
 
-def train_heads(run: SuiteRun, tasks: list[Task], recipe: HeadRecipe, seed: int) -> Tensor:
-    """Heads trained on tasks' own data from the universal head, in the preset's stacks: (M, P)."""
+def train_heads(
+    run: SuiteRun,
+    tasks: list[Task],
+    recipe: HeadRecipe,
+    seed: int,
+    start: Tensor | None = None,
+    on_weights: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Heads trained on tasks' own data, in the preset's stacks.
+
+    Args:
+        run: the measurement.
+        tasks: M class lists.
+        recipe: optimiser settings.
+        seed: of the samples drawn.
+        start: (P,) or (M, P) initial weights; without them the universal head.
+        on_weights: called as by `train_in_stacks`.
+
+    Returns:
+        (M, P).
+    """
     data, preset = run.data, run.preset
     return train_in_stacks(
         preset.head,
-        run.zoo.universal,
+        run.zoo.universal if start is None else start,
         tasks,
         data.train,
         data.embeddings,
@@ -82,6 +104,7 @@ def train_heads(run: SuiteRun, tasks: list[Task], recipe: HeadRecipe, seed: int)
         recipe,
         seed,
         preset.zoo.stack,
+        on_weights=on_weights,
     )
 
 
@@ -111,3 +134,20 @@ def task_hits(run: SuiteRun, heads: Tensor, task: Task) -> tuple[Tensor, Tensor]
 def task_accuracy(run: SuiteRun, heads: Tensor, task: Task) -> Tensor:
     """Top-1 accuracy of heads (J, P) on a task's test features: (J,), 0..1."""
     return task_hits(run, heads, task)[0].float().mean(-1)
+
+
+def training_sample(run: SuiteRun, task: Task, count: int) -> tuple[Tensor, Tensor]:
+    """Training features of a task that every head is judged on alike: (count, d) fp32 and targets (count,)."""
+    generator = torch.Generator().manual_seed(run.preset.seed)
+    features, targets = run.data.train.sample(torch.tensor([task]), count, generator)  # (1, n, d), (1, n)
+    return features[0].float(), targets[0]
+
+
+def task_loss(run: SuiteRun, heads: Tensor, task: Task, features: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of heads (J, P) on features (N, d) of a task with targets (N,): (J,), in nats."""
+    losses = []
+    for chunk in heads.split(HEADS_AT_ONCE):
+        logits = task_logits(run, chunk, task, features)  # (j, N, K)
+        expected = targets.expand(len(chunk), -1)  # (j, N)
+        losses.append(F.cross_entropy(logits.transpose(1, 2), expected, reduction="none").mean(-1))
+    return torch.cat(losses)

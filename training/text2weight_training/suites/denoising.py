@@ -15,7 +15,7 @@ from text2weight.generator import DenoiserCall
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import GENERATION_BATCH, task_requests
 from text2weight_training.suites.base import SuiteRun, Task, method_name, take_tasks, task_accuracy
-from text2weight_training.suites.figures import new_figure, save_figure
+from text2weight_training.suites.figures import new_figure, plot_band, save_figure
 from text2weight_training.suites.tables import markdown_table, percent, points
 
 # Samples and estimates kept in memory at once, each: 1,000 steps are not to cost gigabytes.
@@ -76,9 +76,7 @@ def _plot(run: SuiteRun, result: dict[str, Any]) -> None:
     for axes, (kind, title) in zip(panels, titles.items(), strict=True):
         for name, calls in result["curves"].items():
             places = [call["timestep"] for call in calls]
-            axes.plot(places, [100 * call[kind]["value"] for call in calls], marker=".", label=name)
-            low, high = zip(*(call[kind]["interval"] for call in calls), strict=True)
-            axes.fill_between(places, [100 * x for x in low], [100 * x for x in high], alpha=0.15)
+            plot_band(axes, places, [call[kind] for call in calls], 100, marker=".", label=name)
         axes.axhline(100 * result["universal"]["value"], color="grey", linestyle="--", label="universal")
         axes.set(title=title, xlabel="timestep n")
     panels[0].set_ylabel("top-1 accuracy on unseen tasks, %")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,17 @@ def plot_interval(axes: Axes, height: float, entry: dict[str, Any], **style: Any
     # A resampled mean of equal values may miss their mean by a rounding error.
     reach = [[100 * max(0.0, value - low)], [100 * max(0.0, high - value)]]
     axes.errorbar([100 * value], [height], xerr=reach, marker="o", linestyle="none", **style)
+
+
+def plot_band(
+    axes: Axes, places: Sequence[float], entries: Sequence[dict[str, Any]], unit: float, **style: Any
+) -> None:
+    """A line of measured values over `places`, multiplied by `unit`, with their intervals as a band."""
+    (line,) = axes.plot(places, [unit * entry["value"] for entry in entries], **style)
+    low, high = zip(*(entry["interval"] for entry in entries), strict=True)
+    axes.fill_between(
+        places, [unit * x for x in low], [unit * x for x in high], alpha=0.15, linewidth=0, color=line.get_color()
+    )
 
 
 def save_figure(figure: Figure, stem: Path) -> None:

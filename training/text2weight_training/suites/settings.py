@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_serializer,
+    model_validator,
+)
 
 from text2weight.samplers import SamplerName
 from text2weight_training.stacked import HeadRecipe
@@ -107,6 +117,68 @@ class FuseSettings(SuiteSettings):
     selection_samples: PositiveInt = 512
 
 
+class InitSettings(SuiteSettings):
+    """Heads to begin training with. What is not set here, training takes from `evaluation.oracle`.
+
+    Attributes:
+        tasks: number of unseen tasks.
+        seeds: trainings of each task from each start.
+        samplers: (sampler, steps) pairs; each makes one start, the first is compared with all others.
+        learning_rates: among which each start has its own chosen.
+        tuning_tasks: further unseen tasks, on which it is chosen.
+        tuning_seeds: trainings of each of those for each start and learning rate.
+        steps: where the curves are measured; training ends at the last.
+        few: the one of them that stands for a short training.
+        share: of the oracle's accuracy, to be reached.
+        loss_samples: training features of each task on which the loss is measured.
+    """
+
+    tasks: PositiveInt = 30
+    seeds: PositiveInt = 5
+    samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1),), min_length=1)
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1)
+    tuning_tasks: PositiveInt = 10
+    tuning_seeds: PositiveInt = 1
+    steps: tuple[NonNegativeInt, ...] = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 500, 600)
+    few: PositiveInt = 20
+    share: Share = 0.95
+    loss_samples: PositiveInt = 1024
+
+    @model_validator(mode="after")
+    def _steps_make_a_curve(self) -> InitSettings:
+        if self.steps[:1] != (0,) or len(self.steps) < 2 or any(a >= b for a, b in pairwise(self.steps)):
+            raise ValueError(f"steps {list(self.steps)} must begin with 0, rise, and go on beyond it")
+        if self.few not in self.steps:
+            raise ValueError(f"few is {self.few}: choose one of steps, {list(self.steps[1:])}")
+        return self
+
+
+class LandscapeSettings(SuiteSettings):
+    """The loss around trained heads. They are trained by `evaluation.oracle`.
+
+    Attributes:
+        tasks: number of unseen tasks; surfaces are drawn for the first, together with the second.
+        sampler: (sampler, steps) that makes the generated start.
+        samples: training features of each task on which the loss is measured.
+        line_points: points of the line between two heads.
+        radii: lengths of random steps, relative to the length of each filter.
+        directions: random directions for each task and start.
+        surface_points: points of a surface along each of its two directions.
+        random_extent: a surface of random directions reaches from minus this to this, in filter lengths.
+        task_extent: a surface of training directions does so in lengths of the training's own change.
+    """
+
+    tasks: Annotated[int, Field(ge=2)] = 30
+    sampler: SamplerSteps = ("mean", 1)
+    samples: PositiveInt = 1024
+    line_points: Annotated[int, Field(ge=3)] = 21
+    radii: tuple[PositiveFloat, ...] = Field(default=(0.1, 0.25, 0.5, 1.0), min_length=1)
+    directions: PositiveInt = 8
+    surface_points: Annotated[int, Field(ge=3)] = 33
+    random_extent: PositiveFloat = 1.0
+    task_extent: PositiveFloat = 4.0
+
+
 class MemorisationSettings(SuiteSettings):
     """Whether the zoo's heads are recalled or new ones made.
 
@@ -134,13 +206,19 @@ class SuitesSettings(BaseModel):
     denoising: DenoisingSettings = DenoisingSettings()
     reading: ReadingSettings = ReadingSettings()
     fuse: FuseSettings = FuseSettings()
+    init: InitSettings = InitSettings()
+    landscape: LandscapeSettings = LandscapeSettings()
     memorisation: MemorisationSettings = MemorisationSettings()
 
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
-        for settings in (self.denoising, self.reading, self.fuse, self.memorisation):
+        for settings in (self.denoising, self.reading, self.fuse, self.init, self.memorisation):
             yield from settings.samplers
+        yield self.landscape.sampler
 
     def unseen_tasks(self) -> dict[str, int]:
-        """How many unseen tasks each suite asks for."""
-        return {name: getattr(self, name).tasks for name in ("denoising", "reading", "memorisation")}
+        """How many unseen tasks each suite asks for, by the names of the settings that say so."""
+        suites = ("denoising", "reading", "landscape", "memorisation")
+        return {f"{name}.tasks": getattr(self, name).tasks for name in suites} | {
+            "init.tasks + tuning_tasks": self.init.tasks + self.init.tuning_tasks
+        }
