@@ -70,6 +70,14 @@ PRESET: dict[str, Any] = {
             "neighbours": [2, 3],
             "bootstrap": 100,
         },
+        "ablation": {
+            "minutes": 0.005,
+            "seeds": 1,
+            "tasks": 5,
+            "samplers": [["mean", 1], ["ddim", 3]],
+            "variants": ["full", "task_loss"],
+            "bootstrap": 100,
+        },
     },
 }
 

@@ -23,6 +23,7 @@ SUITES = {
     "denoising": "text2weight_training.suites.denoising",
     "fuse": "text2weight_training.suites.fuse",
     "memorisation": "text2weight_training.suites.memorisation",
+    "ablation": "text2weight_training.suites.ablation",
 }
 
 

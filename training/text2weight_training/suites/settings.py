@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_serializer, field_validator
 
 from text2weight.samplers import SamplerName
 from text2weight_training.stacked import HeadRecipe
 
 Share = Annotated[float, Field(gt=0, le=1)]
 SamplerSteps = tuple[SamplerName, PositiveInt]
+# What each of them changes is in variants.py.
+VariantName = Literal[
+    "full",
+    "symmetry_loss",
+    "adversarial_loss",
+    "task_loss",
+    "fresh_items",
+    "class_tokens",
+    "class_path",
+    "tokens",
+    "unit_identity",
+    "permuted_units",
+    "scaling",
+    "paper",
+]
 
 
 def table_name(source: str) -> str:
@@ -125,6 +140,31 @@ class MemorisationSettings(SuiteSettings):
     neighbours: tuple[PositiveInt, ...] = (2, 8)
 
 
+class AblationSettings(SuiteSettings):
+    """What each part of the method is worth.
+
+    Attributes:
+        minutes: wall time of each fit.
+        seeds: fits of each variant.
+        tasks: tasks of each split, or all it has.
+        samplers: (sampler, steps) pairs; a variant's own default is measured beside them.
+        variants: which, `full` among them, the preset as it is.
+    """
+
+    minutes: PositiveFloat = 10.0
+    seeds: PositiveInt = 3
+    tasks: PositiveInt = 200
+    samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1), ("ddim", 20)), min_length=1)
+    variants: tuple[VariantName, ...] = get_args(VariantName)
+
+    @field_validator("variants")
+    @classmethod
+    def _has_something_to_compare_with(cls, names: tuple[VariantName, ...]) -> tuple[VariantName, ...]:
+        if "full" not in names or len(set(names)) != len(names):
+            raise ValueError(f"{list(names)} must hold full, which all others are compared with, and each name once")
+        return names
+
+
 class SuitesSettings(BaseModel):
     """One section per suite."""
 
@@ -135,10 +175,11 @@ class SuitesSettings(BaseModel):
     reading: ReadingSettings = ReadingSettings()
     fuse: FuseSettings = FuseSettings()
     memorisation: MemorisationSettings = MemorisationSettings()
+    ablation: AblationSettings = AblationSettings()
 
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
-        for settings in (self.denoising, self.reading, self.fuse, self.memorisation):
+        for settings in (self.denoising, self.reading, self.fuse, self.memorisation, self.ablation):
             yield from settings.samplers
 
     def unseen_tasks(self) -> dict[str, int]:
