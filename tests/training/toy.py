@@ -78,6 +78,7 @@ PRESET: dict[str, Any] = {
             "variants": ["full", "task_loss"],
             "bootstrap": 100,
         },
+        "gradcam": {"tasks": 4, "pictures": 4, "sampler": ["ddim", 5], "rows": 2, "bootstrap": 100},
     },
 }
 

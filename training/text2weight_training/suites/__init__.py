@@ -24,6 +24,7 @@ SUITES = {
     "fuse": "text2weight_training.suites.fuse",
     "memorisation": "text2weight_training.suites.memorisation",
     "ablation": "text2weight_training.suites.ablation",
+    "gradcam": "text2weight_training.suites.gradcam",
 }
 
 

@@ -165,6 +165,42 @@ class AblationSettings(SuiteSettings):
         return names
 
 
+class GradcamSettings(SuiteSettings):
+    """Where generated classifiers look.
+
+    Attributes:
+        images: picture folder with test/CLASS/*.png, the classes called as the data's; none, nothing is measured.
+        backbone: the one the features were made with, as `t2w features` takes it; by default the one that lies in
+            the checkpoint.
+        tasks: unseen tasks, or all of whose classes the folder has pictures.
+        pictures: of each task.
+        sampler: (sampler, steps), at least three steps: first, middle and last estimate are shown.
+        rows: tasks in the figure, one picture each.
+    """
+
+    images: Path | None = None
+    backbone: str | None = None
+    tasks: PositiveInt = 50
+    pictures: PositiveInt = 16
+    sampler: SamplerSteps = ("ddim", 20)
+    rows: PositiveInt = 6
+
+    @field_validator("sampler")
+    @classmethod
+    def _has_three_calls(cls, pair: SamplerSteps) -> SamplerSteps:
+        if pair[1] < 3:
+            raise ValueError(f"{list(pair)} makes {pair[1]} call(s): first, middle and last need at least 3")
+        return pair
+
+    @field_serializer("images", "backbone")
+    def _without_folders(self, source: Path | str | None) -> str | None:
+        # As the paraphrase tables: results travel without this machine's folders.
+        if source is None:
+            return None
+        kind, colon, place = str(source).rpartition(":")
+        return f"{kind}{colon}{Path(place).name}"
+
+
 class SuitesSettings(BaseModel):
     """One section per suite."""
 
@@ -176,11 +212,13 @@ class SuitesSettings(BaseModel):
     fuse: FuseSettings = FuseSettings()
     memorisation: MemorisationSettings = MemorisationSettings()
     ablation: AblationSettings = AblationSettings()
+    gradcam: GradcamSettings = GradcamSettings()
 
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
         for settings in (self.denoising, self.reading, self.fuse, self.memorisation, self.ablation):
             yield from settings.samplers
+        yield self.gradcam.sampler
 
     def unseen_tasks(self) -> dict[str, int]:
         """How many unseen tasks each suite asks for."""
