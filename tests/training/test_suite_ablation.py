@@ -197,6 +197,8 @@ def test_seeds_are_averaged_task_by_task(suite_run: SuiteRun, tmp_path: Path) ->
     scores = [json.loads(path.read_text())["scores"]["unseen"]["mean/1"] for path in tmp_path.rglob("scores.json")]
     assert scores[0] != scores[1]
     assert cell["accuracy"]["value"] == pytest.approx(sum(map(sum, scores)) / 10, abs=1e-6)
+    low, high = sorted(100 * sum(each) / 5 for each in scores)
+    assert f"| {low:.2f} to {high:.2f} |" in ablation.report(result)
 
 
 def test_harder_splits_are_measured_where_the_zoo_has_them(suite_run: SuiteRun, hard_toy: Toy, tmp_path: Path) -> None:

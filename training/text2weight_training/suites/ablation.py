@@ -246,9 +246,10 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _table(result: dict[str, Any], entry: dict[str, Any]) -> str:
+    several = result["seeds"] > 1
     headings = ["variant", "steps", "parameters, M"]
     for method in result["methods"]:
-        headings += [f"{method} %", "seeds", "change"]
+        headings += [f"{method} %", *(["seeds %"] if several else []), "change"]
     rows = []
     for name, about in result["variants"].items():
         steps, parameters = _extent(about["steps"], "{:.0f}"), f"{about['parameters'] / 1e6:.1f}"
@@ -256,7 +257,8 @@ def _table(result: dict[str, Any], entry: dict[str, Any]) -> str:
         for method in result["methods"]:
             cell = entry["variants"][name][method]
             seeds = _extent([100 * value for value in cell["accuracy_of_seeds"]], "{:.2f}")
-            row += [percent(cell["accuracy"]), seeds, "" if name == FULL else points(cell["change"])]
+            row += [percent(cell["accuracy"]), *([seeds] if several else [])]
+            row.append("" if name == FULL else points(cell["change"]))
         rows.append(row)
     return markdown_table(headings, rows)
 
