@@ -183,8 +183,12 @@ def test_an_interrupted_fit_goes_on(suite_run: SuiteRun, tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         ablation.run(run)
     monkeypatch.setattr(Fit, "run", whole)
+    step, later = Fit._step, []
+    monkeypatch.setattr(Fit, "_step", lambda fit, done: later.append(done) or step(fit, done))
     result = ablation.run(run)
-    assert result["variants"]["full"]["steps"][0] > made[0] > 0
+    assert made[0] > 0
+    assert later[0] >= 0.5  # half of the time was spent before
+    assert result["variants"]["full"]["steps"] == [made[0] + len(later)]
     finished = json.loads(next(tmp_path.rglob("finished.json")).read_text())
     assert 0.48 <= finished["seconds"] < 1.5
 
