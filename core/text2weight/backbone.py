@@ -112,6 +112,12 @@ class Backbone:
         values = self.config["preprocess"]
         return describe_preprocessing(self.side, values["mean"], values["std"])
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(N, 3, R, R) uint8 -> what `model` takes, on its device."""
+        values = self.config["preprocess"]
+        images = normalise_pixels(pixels.to(self.device), values["mean"], values["std"])  # (N, 3, R, R)
+        return images.contiguous(memory_format=torch.channels_last)
+
     def features(self, images: Sequence[Image.Image]) -> Tensor:
         """Extract features of pictures of any size.
 
@@ -132,11 +138,8 @@ class Backbone:
         Returns:
             (N, D) fp32 on the CPU.
         """
-        values = self.config["preprocess"]
         with torch.inference_mode():
-            images = normalise_pixels(pixels.to(self.device), values["mean"], values["std"])  # (N, 3, R, R)
-            images = images.contiguous(memory_format=torch.channels_last)
-            features: Tensor = self.model(images)  # (N, D)
+            features: Tensor = self.model(self.normalise(pixels))  # (N, D)
         # A tensor made in inference mode cannot take part in training; its clone can.
         return features.float().cpu().clone()
 

@@ -51,7 +51,8 @@ def test_a_page_has_every_section_and_its_figures(folder: Path, tmp_path: Path) 
     links = re.findall(r"\]\(([^)]+)\)", text)
     figures = {path.name for kind in ("png", "svg") for path in folder.glob(f"*.{kind}")}
     assert sorted(links) == sorted(f"suites/{figure}" for figure in figures)
-    assert {f"{name}.{kind}" for name in SUITES for kind in ("png", "svg")} <= figures
+    drawn = set(SUITES) - {"gradcam"}  # which measures nothing without pictures
+    assert {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")} <= figures
     assert all((page.parent / link).is_file() for link in links)
     for line in text.splitlines():
         assert str(tmp_path) not in line

@@ -21,6 +21,9 @@ from text2weight_training.presets import load_preset
 from text2weight_training.suites import SUITES, choose_suites, load_suite
 from text2weight_training.suites.runner import run_suites, with_paraphrases
 
+# The toy problem has no pictures, so the suite `gradcam` measures nothing on it.
+MEASURED = [name for name in SUITES if name != "gradcam"]
+
 
 def test_names_are_chosen_in_the_registrys_order_each_once() -> None:
     assert choose_suites(["fuse", "reading", "fuse"]) == ["reading", "fuse"]
@@ -43,11 +46,12 @@ def test_files_are_laid_out_as_other_programs_expect(toy_suites: ToySuites, toy_
     assert written["settings"] == json.loads(json.dumps(toy_run.preset.suites.model_dump(mode="json")[name]))
     assert written["created_by"].startswith("text2weight")
     assert written["backbone"] == "toy backbone"
-    assert (toy_suites.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (toy_suites.out / f"{name}.svg").read_text()
+    if name in MEASURED:
+        assert (toy_suites.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (toy_suites.out / f"{name}.svg").read_text()
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize("name", MEASURED)
 def test_values_lie_in_their_intervals(toy_suites: ToySuites, name: str) -> None:
     entries = list(_entries(toy_suites.result(name)))
     assert entries

@@ -89,6 +89,15 @@ PRESET: dict[str, Any] = {
             "neighbours": [2, 3],
             "bootstrap": 100,
         },
+        "ablation": {
+            "minutes": 0.005,
+            "seeds": 1,
+            "tasks": 5,
+            "samplers": [["mean", 1], ["ddim", 3]],
+            "variants": ["full", "task_loss"],
+            "bootstrap": 100,
+        },
+        "gradcam": {"tasks": 4, "pictures": 4, "sampler": ["ddim", 5], "rows": 2, "bootstrap": 100},
     },
 }
 

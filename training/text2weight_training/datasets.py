@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 
@@ -14,6 +15,9 @@ from text2weight_training.image_data import LabelledImages, check_same_classes, 
 Splits = tuple[LabelledImages, LabelledImages]
 CALTECH_TEST_SHARE = 0.2
 CALTECH_CLUTTER = "clutter"
+TINY_IMAGENET = "tiny-imagenet-200"
+TINY_IMAGENET_URL = f"http://cs231n.stanford.edu/{TINY_IMAGENET}.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 def open_dataset(name: str, root: Path) -> Splits:
@@ -44,6 +48,30 @@ def _tiny_imagenet(root: Path) -> Splits:
             f"{root} is not Tiny-ImageNet: it has no words.txt; for other folders use --dataset folder"
         )
     return _folder(root)
+
+
+def download_tiny_imagenet(root: Path) -> Path:
+    """Download Tiny-ImageNet, which torchvision does not know, unless it is there.
+
+    Args:
+        root: the folder that its own folder goes into.
+
+    Returns:
+        its own folder, for `open_dataset`.
+
+    Raises:
+        TrainingDataError: it cannot be downloaded, or arrives damaged.
+    """
+    from torchvision.datasets.utils import download_url, extract_archive
+
+    folder, archive = root / TINY_IMAGENET, f"{TINY_IMAGENET}.zip"
+    if not folder.is_dir():
+        _download("Tiny-ImageNet", lambda: download_url(TINY_IMAGENET_URL, str(root), archive, TINY_IMAGENET_MD5))
+        with TemporaryDirectory(dir=root) as scratch:
+            extract_archive(str(root / archive), scratch)
+            (Path(scratch) / TINY_IMAGENET).rename(folder)
+        (root / archive).unlink()
+    return folder
 
 
 def _cifar100(root: Path) -> Splits:

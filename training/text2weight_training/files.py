@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class TrainingDataError(ValueError):
@@ -22,3 +24,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def claim(path: Path, description: dict[str, Any], what: str) -> None:
+    """Note what a folder's files are made of, or check that those there already are made of the same.
+
+    Args:
+        path: the note, a JSON file in the folder.
+        description: what JSON can hold.
+        what: what the folder holds, for the errors.
+
+    Raises:
+        TrainingDataError: the note is damaged or says something else.
+    """
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(description) + "\n")
+        return
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise TrainingDataError(f"{path} is damaged ({error}): remove it to go on with this {what}") from error
+    differing = [key for key, value in description.items() if there.get(key) != json.loads(json.dumps(value))]
+    if differing:
+        raise TrainingDataError(
+            f"{path.parent} holds a {what} with another {', '.join(differing)}: choose another --out"
+        )

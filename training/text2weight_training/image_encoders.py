@@ -20,6 +20,11 @@ class ImageEncoder(Protocol):
     """A frozen network in eval mode with its preprocessing."""
 
     @property
+    def model(self) -> nn.Module:
+        """The network: normalised pictures (N, 3, R, R) to features (N, d)."""
+        ...
+
+    @property
     def side(self) -> int:
         """R of the pictures it takes."""
         ...
@@ -32,6 +37,10 @@ class ImageEncoder(Protocol):
     @property
     def preprocess(self) -> str:
         """How pictures are prepared, in words."""
+        ...
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(N, 3, R, R) uint8 -> what `model` takes, on its device."""
         ...
 
     def features_from_pixels(self, pixels: Tensor) -> Tensor:
@@ -58,11 +67,15 @@ class PublishedEncoder:
         """How pictures are prepared, in words."""
         return describe_preprocessing(self.side, self.mean, self.std)
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(N, 3, R, R) uint8 -> what `model` takes, on its device."""
+        images = normalise_pixels(pixels.to(self.device), self.mean, self.std)  # (N, 3, R, R)
+        return images.contiguous(memory_format=torch.channels_last)
+
     def features_from_pixels(self, pixels: Tensor) -> Tensor:
         """(N, 3, R, R) uint8 -> (N, d) fp32 on the CPU."""
         with torch.inference_mode():
-            images = normalise_pixels(pixels.to(self.device), self.mean, self.std)  # (N, 3, R, R)
-            features: Tensor = self.model(images.contiguous(memory_format=torch.channels_last))  # (N, d)
+            features: Tensor = self.model(self.normalise(pixels))  # (N, d)
         return features.float().cpu().clone()
 
 

@@ -102,6 +102,10 @@ def evaluate_command(
     paraphrase: Annotated[
         list[str] | None, typer.Option(help="suite reading: FILE#TABLE of the names under another prompt; repeatable")
     ] = None,
+    images: Annotated[Path | None, typer.Option(help="suite gradcam: picture folder with test/CLASS/*.png")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="suite gradcam: as in `t2w features`; default: the one in the checkpoint")
+    ] = None,
 ) -> None:
     """Measure a checkpoint on unseen tasks against baselines and heads trained on the tasks' own data.
 
@@ -113,7 +117,7 @@ def evaluate_command(
     from text2weight.checkpoint import record_evaluation
     from text2weight_training.evaluate import evaluate
     from text2weight_training.suites import choose_suites
-    from text2weight_training.suites.runner import with_paraphrases
+    from text2weight_training.suites.runner import with_paraphrases, with_pictures
     from text2weight_training.train import evaluation_summary
     from text2weight_training.zoo import load_zoo
 
@@ -122,9 +126,12 @@ def evaluate_command(
         raise typer.BadParameter("--record keeps the evaluation without --suite: give one of the two")
     if paraphrase and "reading" not in chosen:
         raise typer.BadParameter("--paraphrase belongs to --suite reading")
+    if (images or backbone) and "gradcam" not in chosen:
+        raise typer.BadParameter("--images and --backbone belong to --suite gradcam")
     data, settings = _load(features, text, template, preset)
     if chosen:
-        _evaluate_suites(chosen, data, zoo, checkpoint, with_paraphrases(settings, paraphrase or []), out)
+        settings = with_pictures(with_paraphrases(settings, paraphrase or []), images, backbone)
+        _evaluate_suites(chosen, data, zoo, checkpoint, settings, out)
         return
     result = evaluate(data, load_zoo(zoo), checkpoint, settings, out)
     if record:

@@ -8,7 +8,7 @@ from typing import Any
 
 from text2weight.checkpoint import read_config, record_evaluation
 from text2weight_training.evaluate import evaluate, print_table
-from text2weight_training.files import TrainingDataError, atomic_path
+from text2weight_training.files import TrainingDataError, claim
 from text2weight_training.fit import Fit
 from text2weight_training.presets import Preset
 from text2weight_training.tasks import TaskData
@@ -82,17 +82,7 @@ def _claim(out: Path, data: TaskData, preset: Preset, minutes: float | None, bac
         "minutes": minutes,
         "backbone": None if backbone is None else str(backbone.resolve()),
     }
-    path = out / "run.json"
-    if path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise TrainingDataError(f"{path} is damaged ({error}): remove it to go on with this run") from error
-        differing = [key for key, value in description.items() if there.get(key) != json.loads(json.dumps(value))]
-        if differing:
-            raise TrainingDataError(f"{out} holds a run with another {', '.join(differing)}: choose another --out")
-        return
-    if (out / "checkpoint").exists():
+    note = out / "run.json"
+    if not note.exists() and (out / "checkpoint").exists():
         raise TrainingDataError(f"{out} holds a checkpoint of another origin: choose another --out")
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(description) + "\n")
+    claim(note, description, "run")

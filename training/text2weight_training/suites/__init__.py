@@ -25,6 +25,8 @@ SUITES = {
     "init": "text2weight_training.suites.init",
     "landscape": "text2weight_training.suites.landscape",
     "memorisation": "text2weight_training.suites.memorisation",
+    "ablation": "text2weight_training.suites.ablation",
+    "gradcam": "text2weight_training.suites.gradcam",
 }
 
 

@@ -22,6 +22,17 @@ def new_figure(columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
     return figure, list(panels[0])
 
 
+def new_grid(rows: int, columns: int, side: float) -> tuple[Figure, list[list[Axes]]]:
+    """An empty figure of pictures: rows of square panels without ticks, `side` inches each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(side * columns, side * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.set(xticks=[], yticks=[])
+    return figure, [list(row) for row in panels]
+
+
 def plot_interval(axes: Axes, height: float, entry: dict[str, Any], **style: Any) -> None:
     """A measured share as a dot at `height`, in percent, with its interval as a line."""
     value, (low, high) = entry["value"], entry["interval"]

@@ -63,6 +63,13 @@ def run_suites(
         yield written
 
 
+def with_pictures(preset: Preset, images: Path | None, backbone: str | None) -> Preset:
+    """The preset with a picture folder and a backbone for the suite `gradcam`, where they are given."""
+    given = {name: value for name, value in (("images", images), ("backbone", backbone)) if value is not None}
+    changed = preset.suites.gradcam.model_copy(update=given)
+    return preset.model_copy(update={"suites": preset.suites.model_copy(update={"gradcam": changed})})
+
+
 def with_paraphrases(preset: Preset, tables: Sequence[str]) -> Preset:
     """The preset with more paraphrase tables (FILE#TABLE) for the suite `reading`."""
     reading = preset.suites.reading

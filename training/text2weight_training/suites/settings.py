@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
@@ -23,6 +24,21 @@ from text2weight_training.stacked import HeadRecipe
 
 Share = Annotated[float, Field(gt=0, le=1)]
 SamplerSteps = tuple[SamplerName, PositiveInt]
+# What each of them changes is in variants.py.
+VariantName = Literal[
+    "full",
+    "symmetry_loss",
+    "adversarial_loss",
+    "task_loss",
+    "fresh_items",
+    "class_tokens",
+    "class_path",
+    "tokens",
+    "unit_identity",
+    "permuted_units",
+    "scaling",
+    "paper",
+]
 
 
 def table_name(source: str) -> str:
@@ -197,6 +213,67 @@ class MemorisationSettings(SuiteSettings):
     neighbours: tuple[PositiveInt, ...] = (2, 8)
 
 
+class AblationSettings(SuiteSettings):
+    """What each part of the method is worth.
+
+    Attributes:
+        minutes: wall time of each fit.
+        seeds: fits of each variant.
+        tasks: tasks of each split, or all it has.
+        samplers: (sampler, steps) pairs; a variant's own default is measured beside them.
+        variants: which, `full` among them, the preset as it is.
+    """
+
+    minutes: PositiveFloat = 10.0
+    seeds: PositiveInt = 3
+    tasks: PositiveInt = 200
+    samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1), ("ddim", 20)), min_length=1)
+    variants: tuple[VariantName, ...] = get_args(VariantName)
+
+    @field_validator("variants")
+    @classmethod
+    def _has_something_to_compare_with(cls, names: tuple[VariantName, ...]) -> tuple[VariantName, ...]:
+        if "full" not in names or len(set(names)) != len(names):
+            raise ValueError(f"{list(names)} must hold full, which all others are compared with, and each name once")
+        return names
+
+
+class GradcamSettings(SuiteSettings):
+    """Where generated classifiers look.
+
+    Attributes:
+        images: picture folder with test/CLASS/*.png, the classes called as the data's; none, nothing is measured.
+        backbone: the one the features were made with, as `t2w features` takes it; by default the one that lies in
+            the checkpoint.
+        tasks: unseen tasks, or all of whose classes the folder has pictures.
+        pictures: of each task.
+        sampler: (sampler, steps), at least three steps: first, middle and last estimate are shown.
+        rows: tasks in the figure, one picture each.
+    """
+
+    images: Path | None = None
+    backbone: str | None = None
+    tasks: PositiveInt = 50
+    pictures: PositiveInt = 16
+    sampler: SamplerSteps = ("ddim", 20)
+    rows: PositiveInt = 6
+
+    @field_validator("sampler")
+    @classmethod
+    def _has_three_calls(cls, pair: SamplerSteps) -> SamplerSteps:
+        if pair[1] < 3:
+            raise ValueError(f"{list(pair)} makes {pair[1]} call(s): first, middle and last need at least 3")
+        return pair
+
+    @field_serializer("images", "backbone")
+    def _without_folders(self, source: Path | str | None) -> str | None:
+        # As the paraphrase tables: results travel without this machine's folders.
+        if source is None:
+            return None
+        kind, colon, place = str(source).rpartition(":")
+        return f"{kind}{colon}{Path(place).name}"
+
+
 class SuitesSettings(BaseModel):
     """One section per suite."""
 
@@ -209,12 +286,15 @@ class SuitesSettings(BaseModel):
     init: InitSettings = InitSettings()
     landscape: LandscapeSettings = LandscapeSettings()
     memorisation: MemorisationSettings = MemorisationSettings()
+    ablation: AblationSettings = AblationSettings()
+    gradcam: GradcamSettings = GradcamSettings()
 
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
-        for settings in (self.denoising, self.reading, self.fuse, self.init, self.memorisation):
+        for settings in (self.denoising, self.reading, self.fuse, self.init, self.memorisation, self.ablation):
             yield from settings.samplers
         yield self.landscape.sampler
+        yield self.gradcam.sampler
 
     def unseen_tasks(self) -> dict[str, int]:
         """How many unseen tasks each suite asks for, by the names of the settings that say so."""
