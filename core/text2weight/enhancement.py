@@ -7,11 +7,14 @@ the head: docs/method.md. Letters: P numbers in one head, h hidden units.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from text2weight.condition import GivenHeads
 from text2weight.diffusion import NoiseSchedule
 from text2weight.errors import InvalidInputError
 from text2weight.head import HeadSpec
@@ -19,9 +22,61 @@ from text2weight.merging import match_units
 from text2weight.weight_space import WeightSpace
 from text2weight.weight_tokens import permute_units
 
-# In the space's scales. Heads trained elsewhere are some hundreds off at most; numbers far above would overflow inside
-# the denoiser and come back as a head that is not finite.
+# In the space's scales: PyTorch's initial heads reach 150 in the bundled checkpoint. Numbers far above would overflow
+# inside the denoiser and come back as a head that is not finite.
 MAX_DEVIATION = 1e6
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How to write a head so that it resembles another one and still is the same classifier.
+
+    Attributes:
+        order: (h,) brings its hidden units into the other head's order.
+        factor: brings its last layer to the length of the other head's.
+    """
+
+    order: Tensor
+    factor: float
+
+    def apply(self, spec: HeadSpec, head: Tensor) -> Tensor:
+        """Head (P,) -> (P,), aligned."""
+        return scale_last_layer(spec, permute_units(spec, head, self.order), self.factor)
+
+    def undo(self, spec: HeadSpec, head: Tensor) -> Tensor:
+        """An aligned head (P,) -> (P,), as before, but for rounding."""
+        return scale_last_layer(spec, permute_units(spec, head, self.order.argsort()), 1 / self.factor)
+
+
+def align(spec: HeadSpec, reference: Tensor, head: Tensor) -> Alignment:
+    """Find how to write a head (P,) so that it resembles a reference (P,), on the same device.
+
+    Hidden units can stand in any order: they are paired with the reference's one to one, as in Git Re-Basin
+    (arXiv 2209.04836). Cosine logits do not see the length of the head's output: the last layer gets the reference's.
+    GELU leaves no more freedom; a unit's sign and length mean something.
+    """
+    factor = 1.0
+    if spec.logits == "cosine":
+        lengths = [_last_layer_length(spec, weights) for weights in (reference, head)]
+        # A layer of next to nothing stays one: its ratio would not be a number in fp32.
+        factor = lengths[0] / lengths[1] if min(lengths) > max(lengths) / MAX_DEVIATION else 1.0
+    return Alignment(match_units(spec, reference, head), factor)
+
+
+def scale_last_layer(spec: HeadSpec, flat: Tensor, factor: float) -> Tensor:
+    """Multiply a head's last layer, weights and bias, by a positive factor: flat (P,) -> (P,).
+
+    Cosine logits stay the same.
+    """
+    blocks = spec.unflatten(flat)
+    return spec.flatten(
+        {name: block * factor if name.startswith("linear2.") else block for name, block in blocks.items()}
+    )
+
+
+def _last_layer_length(spec: HeadSpec, flat: Tensor) -> float:
+    blocks = spec.unflatten(flat.double())
+    return math.hypot(*(float(block.norm()) for name, block in blocks.items() if name.startswith("linear2.")))
 
 
 @dataclass(frozen=True)
@@ -31,28 +86,29 @@ class Start:
     Attributes:
         timestep: t0; N is pure noise, and 0 leaves nothing to do.
         given: (P,) the head to begin from; None at N.
-        order: (h,) brings the given head's hidden units into the weight space's order; None at N.
+        alignment: of the given head to the weight space's anchor; None at N.
+        clean: (P,) the aligned head in the sampler's space; None at N.
     """
 
     timestep: int
     given: Tensor | None = None
-    order: Tensor | None = None
+    alignment: Alignment | None = None
+    clean: Tensor | None = None
 
-    def sample(self, spec: HeadSpec, space: WeightSpace, schedule: NoiseSchedule, noise: Tensor) -> Tensor:
+    def sample(self, schedule: NoiseSchedule, noise: Tensor) -> Tensor:
         """x_t0 in the sampler's space from standard normal noise (P,): (P,)."""
-        if self.given is None or self.order is None:
+        if self.clean is None:
             return noise
-        clean = space.standardise(permute_units(spec, self.given, self.order))  # (P,)
-        return schedule.add_noise(clean[None], torch.tensor([self.timestep]), noise[None])[0]
+        return schedule.add_noise(self.clean[None], torch.tensor([self.timestep]), noise[None])[0]
 
     def finish(self, spec: HeadSpec, weights: Tensor) -> Tensor:
-        """Turn the sampler's flat weights (P,) into the answer (P,): in the order of units that the head was given in.
+        """Turn the sampler's flat weights (P,) into the answer (P,), written as the given head is.
 
         Nothing was done at timestep 0, so the answer is the given head itself, free of any rounding.
         """
-        if self.given is None or self.order is None:
+        if self.given is None or self.alignment is None:
             return weights
-        return self.given if self.timestep == 0 else permute_units(spec, weights, self.order.argsort())
+        return self.given if self.timestep == 0 else self.alignment.undo(spec, weights)
 
 
 def choose_start(
@@ -60,15 +116,12 @@ def choose_start(
 ) -> Start:
     """Where to begin for a given head and a strength.
 
-    A head's hidden units can stand in any order without changing what it computes; the denoiser knows them by the
-    weight space's anchor. So they are paired with the anchor's one to one, as in Git Re-Basin (arXiv 2209.04836).
-    GELU has no other symmetry: a unit's sign and length mean something.
-
     Args:
         spec: the heads' specification.
         space: the weight space, on the CPU.
         schedule: the noise schedule.
-        given: (P,) flat weights in any order of hidden units, on the CPU; None for plain generation.
+        given: (P,) flat weights on the CPU, written in any of the ways that `align` undoes: the denoiser knows heads
+            as they look beside the anchor. None for plain generation.
         strength: 0..1; t0 is rounded to whole timesteps.
 
     Returns:
@@ -78,7 +131,15 @@ def choose_start(
     timestep = round(strength * schedule.num_timesteps)
     if given is None or timestep == schedule.num_timesteps:
         return Start(schedule.num_timesteps)
-    return Start(timestep, given, match_units(spec, space.anchor, given))
+    alignment = align(spec, space.anchor, given)
+    return Start(timestep, given, alignment, space.standardise(alignment.apply(spec, given)))
+
+
+def heads_to_read(starts: Sequence[Start], size: int) -> GivenHeads:
+    """What a denoiser that reads given heads is shown of B requests, each with `size` numbers in its head."""
+    nothing = torch.zeros(size)
+    rows = [nothing if start.clean is None else start.clean for start in starts]
+    return GivenHeads(torch.stack(rows), torch.tensor([start.clean is not None for start in starts]))
 
 
 def check_given(spec: HeadSpec, space: WeightSpace, given: Tensor | None, strength: float) -> None:

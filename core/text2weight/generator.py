@@ -24,7 +24,7 @@ from torch import Tensor
 from text2weight.artifact import FORMAT, HeadArtifact
 from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from text2weight.condition import Condition, condition_on_classes, normalise_class_names, pad_embeddings
-from text2weight.enhancement import Start, check_fits, check_given, choose_start
+from text2weight.enhancement import Start, check_fits, check_given, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.samplers import check_sampler, make_plan, take_steps
 from text2weight.text_encoder import TextEncoder, load_text_encoder
@@ -275,10 +275,12 @@ class Generator:
         for request in requests:
             self.check(request)
         padded, mask = pad_embeddings([request.embeddings.float() for request in requests])  # (B, K, D), (B, K)
-        condition = condition_on_classes(padded, mask).to(self.device)
+        condition = condition_on_classes(padded, mask)
         starts = [self._start(request) for request in requests]
+        if self.config.denoiser.reads_given:
+            condition = replace(condition, given=heads_to_read(starts, self.config.head.num_parameters))
         with self._lock, torch.inference_mode():
-            standardised = self._sample(requests, starts, condition, on_step, on_call)  # (B, P)
+            standardised = self._sample(requests, starts, condition.to(self.device), on_step, on_call)  # (B, P)
             weights = self._space.restore(standardised).cpu()  # (B, P)
         answers = [start.finish(self.config.head, row) for start, row in zip(starts, weights, strict=True)]  # B x (P,)
         return [self._to_artifact(request, answer) for request, answer in zip(requests, answers, strict=True)]
@@ -304,10 +306,7 @@ class Generator:
         sources = [torch.Generator().manual_seed(request.seed) for request in requests]
         scales = torch.tensor([request.guidance_scale for request in requests])  # (B,)
         noisy = torch.stack(
-            [
-                start.sample(self.config.head, self._space_on_cpu, schedule, self._noise(source))
-                for start, source in zip(starts, sources, strict=True)
-            ]
+            [start.sample(schedule, self._noise(source)) for start, source in zip(starts, sources, strict=True)]
         ).to(self.device)  # (B, P)
         previous = torch.zeros_like(noisy)  # (B, P) the last estimates, for multistep samplers
         for call in range(max(len(plan) for plan in plans)):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,8 +18,9 @@ from text2weight import GenerationRequest, Generator, HeadArtifact, read_head
 from text2weight.checkpoint import load_checkpoint
 from text2weight.condition import condition_on_classes, pad_embeddings
 from text2weight.diffusion import NoiseSchedule
-from text2weight.enhancement import choose_start
+from text2weight.enhancement import choose_start, scale_last_layer
 from text2weight.errors import InvalidInputError
+from text2weight.head import apply_heads
 from text2weight.samplers import SAMPLERS, make_plan, take_steps
 from text2weight.weight_tokens import permute_units
 
@@ -46,6 +48,11 @@ def artifact_of(weights: Tensor) -> HeadArtifact:
 
 def flat(artifact: HeadArtifact) -> Tensor:
     return TINY_SPEC.flatten(artifact.tensors)
+
+
+def last_layer(head: Tensor) -> Tensor:
+    """W2 and b2, which stand last in a flat head."""
+    return head[TINY_SPEC.hidden_dim * (TINY_SPEC.input_dim + 1) :]
 
 
 def steps_of(sampler: str) -> int:
@@ -78,7 +85,9 @@ def test_the_head_is_that_of_the_stages_called_one_by_one(generator: Generator, 
     schedule, start = checkpoint.config.schedule, round(40 * strength)
     condition = condition_on_classes(*pad_embeddings([generator.text_encoder.encode(generator.prompts(CLASSES))]))
     source = torch.Generator().manual_seed(3)
-    aligned = checkpoint.space.standardise(permute_units(TINY_SPEC, head, ORDER.argsort()))
+    in_order = permute_units(TINY_SPEC, head, ORDER.argsort())
+    length = last_layer(checkpoint.space.anchor).norm() / last_layer(head).norm()
+    aligned = checkpoint.space.standardise(scale_last_layer(TINY_SPEC, in_order, float(length)))
     signal, sigma = (math.sqrt(share) for share in (schedule.alphas_bar[start], 1 - schedule.alphas_bar[start]))
     noisy, previous = (signal * aligned + sigma * torch.randn(P, generator=source))[None], torch.zeros(1, P)
     for step in make_plan(sampler, steps, schedule, start):
@@ -87,7 +96,8 @@ def test_the_head_is_that_of_the_stages_called_one_by_one(generator: Generator, 
             clean = checkpoint.denoiser(schedule.alphas_bar[timesteps].sqrt().float() * noisy, timesteps, condition)
         noise = torch.randn(1, P, generator=source) if step.noise else torch.zeros(1, P)
         noisy, previous = take_steps([step], noisy, clean, previous, noise), clean
-    expected = permute_units(TINY_SPEC, checkpoint.space.restore(noisy)[0], ORDER)
+    answer = scale_last_layer(TINY_SPEC, checkpoint.space.restore(noisy)[0], 1 / float(length))
+    expected = permute_units(TINY_SPEC, answer, ORDER)
     enhanced = generator.enhance(artifact_of(head), CLASSES, strength=strength, seed=3, sampler=sampler, steps=steps)
     torch.testing.assert_close(flat(enhanced), expected, **CLOSE)
 
@@ -107,19 +117,45 @@ def test_units_are_paired_with_the_anchors() -> None:
     space = tiny_space()
     start = choose_start(TINY_SPEC, space, NoiseSchedule(num_timesteps=40), trained_head(), 0.5)
     assert start.timestep == 20
-    assert start.order is not None
-    assert start.order.tolist() == ORDER.argsort().tolist()
-    # Without noise the sample is the head itself, in the space and in the anchor's order.
-    without = start.sample(TINY_SPEC, space, NoiseSchedule(num_timesteps=40), torch.zeros(P))
-    signal = math.sqrt(NoiseSchedule(num_timesteps=40).alphas_bar[20])
-    torch.testing.assert_close(without, signal * space.standardise(trained_head(order=torch.arange(3))))
+    assert start.alignment is not None
+    assert start.alignment.order.tolist() == ORDER.argsort().tolist()
+    # Without noise the sample is the head itself, in the space, in the anchor's order and of its length.
+    without = start.sample(NoiseSchedule(num_timesteps=40), torch.zeros(P))
+    sample = space.restore(without / math.sqrt(NoiseSchedule(num_timesteps=40).alphas_bar[20]))
+    in_order = trained_head(order=torch.arange(3))
+    hidden = len(sample) - len(last_layer(sample))
+    torch.testing.assert_close(sample[:hidden], in_order[:hidden], **CLOSE)
+    torch.testing.assert_close(last_layer(sample).norm(), last_layer(space.anchor).norm(), **CLOSE)
+    torch.testing.assert_close(
+        F.normalize(last_layer(sample), dim=0), F.normalize(last_layer(in_order), dim=0), **CLOSE
+    )
+
+
+def test_the_length_of_the_last_layer_changes_nothing_but_the_answers(generator: Generator) -> None:
+    """Cosine logits do not see it. Powers of two leave no rounding."""
+    options = {"strength": 0.5, "seed": 2, "steps": 4, "sampler": "ddpm"}
+    once = flat(generator.enhance(artifact_of(trained_head()), CLASSES, **options))  # type: ignore[arg-type]
+    for factor in (8.0, 1 / 1024):
+        longer = scale_last_layer(TINY_SPEC, trained_head(), factor)
+        enhanced = flat(generator.enhance(artifact_of(longer), CLASSES, **options))  # type: ignore[arg-type]
+        assert torch.equal(enhanced, scale_last_layer(TINY_SPEC, once, factor))
+        features = torch.randn(5, TINY_SPEC.input_dim)
+        outputs = [F.normalize(apply_heads(TINY_SPEC, head[None], features), dim=-1) for head in (once, enhanced)]
+        torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-9])
+def test_a_last_layer_of_next_to_nothing_still_gives_numbers(generator: Generator, scale: float) -> None:
+    head = scale_last_layer(TINY_SPEC, trained_head(), scale)
+    enhanced = generator.enhance(artifact_of(head), CLASSES, strength=0.5, steps=2, sampler="ddim")
+    assert bool(torch.isfinite(flat(enhanced)).all())
 
 
 def test_noise_at_full_strength_is_not_mixed_with_the_head() -> None:
     noise = torch.randn(P)
     start = choose_start(TINY_SPEC, tiny_space(), NoiseSchedule(num_timesteps=40), trained_head(), 1.0)
     assert start.timestep == 40
-    assert start.sample(TINY_SPEC, tiny_space(), NoiseSchedule(num_timesteps=40), noise) is noise
+    assert start.sample(NoiseSchedule(num_timesteps=40), noise) is noise
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

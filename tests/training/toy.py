@@ -63,6 +63,14 @@ PRESET: dict[str, Any] = {
         "denoising": {"tasks": 6, "samplers": [["ddpm", 4], ["dpmpp_2m", 3]], "bootstrap": 100},
         "reading": {"tasks": 8, "samplers": [["mean", 1], ["ddim", 3]], "bootstrap": 100},
         "fuse": {"pairs": 5, "task_size": 3, "samplers": [["mean", 1], ["ddim", 3]], "bootstrap": 100},
+        "enhance": {
+            "tasks": 6,
+            "shares": [0.1, 0.5],
+            "strengths": [0, 0.4, 0.8, 1],
+            "samplers": [["mean", 1], ["ddim", 3]],
+            "factors": [0.3, 0.6],
+            "bootstrap": 100,
+        },
         "memorisation": {
             "tasks": 6,
             "samplers": [["mean", 1], ["ddpm", 4]],

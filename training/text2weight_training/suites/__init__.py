@@ -22,6 +22,7 @@ SUITES = {
     "reading": "text2weight_training.suites.reading",
     "denoising": "text2weight_training.suites.denoising",
     "fuse": "text2weight_training.suites.fuse",
+    "enhance": "text2weight_training.suites.enhance",
     "memorisation": "text2weight_training.suites.memorisation",
 }
 

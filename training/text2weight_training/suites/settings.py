@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_serializer, field_validator
 
 from text2weight.samplers import SamplerName
 from text2weight_training.stacked import HeadRecipe
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Between = Annotated[float, Field(gt=0, lt=1)]
 SamplerSteps = tuple[SamplerName, PositiveInt]
 
 
@@ -107,6 +108,35 @@ class FuseSettings(SuiteSettings):
     selection_samples: PositiveInt = 512
 
 
+class EnhanceSettings(SuiteSettings):
+    """Heads whose training was stopped early, and what improves them.
+
+    Attributes:
+        tasks: number of unseen tasks.
+        starts: where training starts: the zoo's base head, or PyTorch's initialisation, another one for every task.
+        shares: after which shares of `evaluation.oracle.steps` it is stopped.
+        strengths: at least one of them between 0 and 1.
+        samplers: (sampler, steps) pairs.
+        factors: shares of the generated head when it is interpolated with the stopped one.
+    """
+
+    tasks: Annotated[int, Field(ge=2)] = 100
+    starts: tuple[Literal["base", "default"], ...] = Field(default=("base", "default"), min_length=1)
+    shares: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75), min_length=1)
+    strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (
+        0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0,
+    )  # fmt: skip
+    samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1), ("ddim", 20)), min_length=1)
+    factors: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75, 0.9), min_length=1)
+
+    @field_validator("strengths")
+    @classmethod
+    def _one_enhances(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        if not any(0 < strength < 1 for strength in strengths):
+            raise ValueError(f"{list(strengths)}: 0 returns the head and 1 ignores it, give one between them")
+        return strengths
+
+
 class MemorisationSettings(SuiteSettings):
     """Whether the zoo's heads are recalled or new ones made.
 
@@ -134,13 +164,14 @@ class SuitesSettings(BaseModel):
     denoising: DenoisingSettings = DenoisingSettings()
     reading: ReadingSettings = ReadingSettings()
     fuse: FuseSettings = FuseSettings()
+    enhance: EnhanceSettings = EnhanceSettings()
     memorisation: MemorisationSettings = MemorisationSettings()
 
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
-        for settings in (self.denoising, self.reading, self.fuse, self.memorisation):
+        for settings in (self.denoising, self.reading, self.fuse, self.enhance, self.memorisation):
             yield from settings.samplers
 
     def unseen_tasks(self) -> dict[str, int]:
         """How many unseen tasks each suite asks for."""
-        return {name: getattr(self, name).tasks for name in ("denoising", "reading", "memorisation")}
+        return {name: getattr(self, name).tasks for name in ("denoising", "reading", "enhance", "memorisation")}
