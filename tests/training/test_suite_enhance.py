@@ -110,6 +110,7 @@ def test_default_starts_are_each_their_own_and_not_the_zoos(toy: Toy, suite_run:
     zoos = initial_head(toy.preset.head, toy.preset.seed)
     assert all(not torch.equal(one, other) for one, other in ((starts[0], starts[1]), (starts[0], zoos)))
     assert torch.equal(enhance.starting_heads(suite_run, "base", 2)[1], toy.zoo.base)
+    assert torch.equal(enhance.starting_heads(suite_run, "universal", 2)[1], toy.zoo.universal)
 
 
 def test_training_on_starts_at_the_rate_the_schedule_had_come_to(toy: Toy, suite_run: SuiteRun) -> None:
@@ -160,7 +161,7 @@ def test_a_training_that_diverges_is_an_error(toy: Toy, suite_run: SuiteRun) -> 
         ("shares", [0], "greater than 0"),
         ("factors", [0.0], "greater than 0"),
         ("tasks", 1, "greater than or equal to 2"),
-        ("starts", ["zoo"], "'base' or 'default'"),
+        ("starts", ["zoo"], "'base', 'universal' or 'default'"),
         ("samplers", [["ddim", 41]], "allowed are 1 to 40"),
     ],
 )

@@ -224,9 +224,8 @@ class Fit:
         orders = draw_orders(spec, len(clean), generator).to(device) if settings.symmetry_weight else None
         given = None
         if settings.given_share:
-            given = draw_given(len(tasks), clean.shape[1], len(self._starts), settings.given_share, generator).to(
-                device
-            )
+            starts, size = self._starts.shape
+            given = draw_given(len(clean), size, starts, settings.given_share, generator).to(device)
         return StepDraws(batch, clean, start, noise, steps.to(device), orders, given)
 
     def _compute_losses(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -245,7 +244,8 @@ class Fit:
             clean = torch.cat([clean, first.detach()])  # (B, P)
         condition = batch.condition
         if draws.given is not None:
-            condition = replace(condition, given=partly_trained(draws.given, self._starts, clean))
+            given = partly_trained(draws.given, self._starts, draws.clean, len(fresh_rows))
+            condition = replace(condition, given=given)
         denoised = self._losses.denoise(self._model, clean, draws.timesteps, draws.noise, condition)
         losses["diffusion"] = self._losses.diffusion(denoised, clean, draws.noise, only=~is_fresh)
         if settings.task_weight and len(fresh_rows):

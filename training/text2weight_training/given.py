@@ -1,13 +1,14 @@
 """Given heads to train on: what partly trained heads look like, made from heads that are at hand.
 
-For a denoiser that reads the head it is to improve (`denoiser.reads_given`). Training every one of them a little would
-cost more than the fit. A partly trained head has gone some of the way from a start to where it will end, and is off
-that way by the noise of its few samples; so a given head is
+For a denoiser that reads the head it is to improve (`denoiser.reads_given`). A partly trained head has gone some of the
+way from a start to where it will end, and is off that way by the noise of its few samples; so a given head is
 
     start + a (clean - start) + s e
 
-with the start the zoo's universal or base head, clean the zoo item's head or a fresh item's own first estimate,
-a and s uniform in 0..1 and e standard normal in the sampler's space. Letters: B items, P numbers in one head.
+with the start the zoo's universal or base head, clean the trained head of a zoo item, a and s uniform in 0..1 and e
+standard normal in the sampler's space. Fresh items have no trained head, and one on the way to the denoiser's own
+estimate would tell it nothing that the text does not: they are given none. Letters: B items, z of the zoo before fresh
+ones, P numbers in one head.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from text2weight.condition import GivenHeads
@@ -22,13 +24,13 @@ from text2weight.condition import GivenHeads
 
 @dataclass(frozen=True)
 class GivenDraws:
-    """What is random in the given heads of B items.
+    """What is random in the given heads of z zoo items.
 
     Attributes:
-        present: (B,) bool, the items that are given a head.
-        start: (B,) index into the starts.
-        progress: (B, 1) a.
-        noise: (B, P) s e.
+        present: (z,) bool, the items that are given a head.
+        start: (z,) index into the starts.
+        progress: (z, 1) a.
+        noise: (z, P) s e.
     """
 
     present: Tensor
@@ -42,21 +44,26 @@ class GivenDraws:
 
 
 def draw_given(items: int, size: int, starts: int, share: float, generator: torch.Generator) -> GivenDraws:
-    """Draw for B = `items` heads of P = `size` numbers, of which `share` are given.
+    """Draw for z = `items` heads of P = `size` numbers, of which `share` are given.
 
     Args:
-        items: B.
+        items: z.
         size: P.
         starts: number of starts to choose from.
         share: 0..1.
         generator: a CPU generator.
     """
-    present = torch.rand(items, generator=generator) < share  # (B,)
-    start = torch.randint(starts, (items,), generator=generator)  # (B,)
-    progress, level = torch.rand(2, items, 1, generator=generator)  # (B, 1) each
+    present = torch.rand(items, generator=generator) < share  # (z,)
+    start = torch.randint(starts, (items,), generator=generator)  # (z,)
+    progress, level = torch.rand(2, items, 1, generator=generator)  # (z, 1) each
     return GivenDraws(present, start, progress, level * torch.randn(items, size, generator=generator))
 
 
-def partly_trained(draws: GivenDraws, starts: Tensor, clean: Tensor) -> GivenHeads:
-    """Given heads on the way from starts (S, P) to clean heads (B, P), all in the sampler's space."""
-    return GivenHeads(torch.lerp(starts[draws.start], clean, draws.progress) + draws.noise, draws.present)
+def partly_trained(draws: GivenDraws, starts: Tensor, clean: Tensor, fresh: int) -> GivenHeads:
+    """Given heads on the way from starts (S, P) to trained heads (z, P), all in the sampler's space.
+
+    Returns:
+        B = z + `fresh` items, of which the fresh ones have none.
+    """
+    weights = torch.lerp(starts[draws.start], clean, draws.progress) + draws.noise  # (z, P)
+    return GivenHeads(F.pad(weights, (0, 0, 0, fresh)), F.pad(draws.present, (0, fresh)))

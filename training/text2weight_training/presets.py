@@ -110,7 +110,7 @@ class FitSettings(_Strict):
         discriminator_learning_rate: Adam's peak for the discriminator; warm-up and cosine as the denoiser's.
         permute_units: put the hidden units of every zoo item into a random order.
         condition_dropout: share of items whose condition is hidden from the denoiser.
-        given_share: share of items that the denoiser is given a partly trained head of, to improve: see `given.py`.
+        given_share: share of zoo items that the denoiser is given a partly trained head of, to improve: see `given.py`.
         learning_rate: AdamW's peak; warm-up, then a cosine to zero.
         weight_decay: AdamW's decoupled decay.
         warmup: share of the run spent warming up.

@@ -26,7 +26,7 @@ from text2weight_training.suites.base import SuiteRun, Task, method_name, take_t
 from text2weight_training.suites.figures import new_figure, save_figure
 from text2weight_training.suites.tables import markdown_table, percent, points
 
-START_NAMES = {"base": "the base head", "default": "PyTorch's initialisation"}
+START_NAMES = {"base": "the base head", "universal": "the universal head", "default": "PyTorch's initialisation"}
 OTHERS = ("input", "generated", "interpolated", "continued")
 
 
@@ -99,8 +99,9 @@ def run(run: SuiteRun) -> dict[str, Any]:
 
 def starting_heads(run: SuiteRun, name: str, tasks: int) -> Tensor:
     """Where the training of each task's head starts, (M, P)."""
-    if name == "base":
-        return run.zoo.base.expand(tasks, -1)
+    if name != "default":
+        head = run.zoo.base if name == "base" else run.zoo.universal  # (P,)
+        return head.expand(tasks, -1)
     # The zoo's own heads start from the preset's seed: these are to be heads that know nothing of them.
     return torch.stack([initial_head(run.preset.head, run.preset.seed + 1 + i) for i in range(tasks)])
 

@@ -113,7 +113,8 @@ class EnhanceSettings(SuiteSettings):
 
     Attributes:
         tasks: number of unseen tasks.
-        starts: where training starts: the zoo's base head, or PyTorch's initialisation, another one for every task.
+        starts: where training starts: the zoo's base or universal head, or PyTorch's initialisation, another one for
+            every task.
         shares: after which shares of `evaluation.oracle.steps` it is stopped.
         strengths: at least one of them between 0 and 1.
         samplers: (sampler, steps) pairs.
@@ -121,10 +122,10 @@ class EnhanceSettings(SuiteSettings):
     """
 
     tasks: Annotated[int, Field(ge=2)] = 100
-    starts: tuple[Literal["base", "default"], ...] = Field(default=("base", "default"), min_length=1)
+    starts: tuple[Literal["base", "universal", "default"], ...] = Field(default=("base", "default"), min_length=1)
     shares: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75), min_length=1)
     strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (
-        0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0,
+        0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
     )  # fmt: skip
     samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1), ("ddim", 20)), min_length=1)
     factors: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75, 0.9), min_length=1)
