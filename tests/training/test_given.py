@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.training.conftest import Toy
-from tests.training.test_fit import assert_same_weights, make_fit
+from tests.training.test_fit import make_fit
 from tests.training.toy import toy_preset, write_preset
 from text2weight.checkpoint import read_config
 from text2weight.generator import Generator
@@ -58,27 +58,6 @@ def test_a_fit_gives_heads_on_the_way_to_the_items_own(toy: Toy, tmp_path: Path)
     assert torch.equal(draws.noise, plain.noise)
     starts = fit.space.restore(fit._starts)
     torch.testing.assert_close(starts, torch.stack([toy.zoo.universal, toy.zoo.base]), atol=1e-5, rtol=1e-5)
-
-
-def test_resumed_equals_undisturbed(toy: Toy, tmp_path: Path) -> None:
-    undisturbed = make_fit(toy, tmp_path / "undisturbed.pt", **READS)
-    undisturbed.run()
-    broken = make_fit(toy, tmp_path / "state.pt", **READS)
-    step = broken._step
-
-    def stop(done: float) -> dict[str, Tensor]:
-        if broken.state.step == 7:
-            raise KeyboardInterrupt
-        return step(done)
-
-    broken._step = stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
-    resumed = make_fit(toy, tmp_path / "state.pt", **READS)
-    assert resumed.resume()
-    resumed.run()
-    assert_same_weights(resumed.denoiser, undisturbed.denoiser)
-    assert_same_weights(resumed.average, undisturbed.average)
 
 
 def test_a_short_fit_learns_to_improve_a_noisy_head(toy: Toy, tmp_path: Path) -> None:
