@@ -80,7 +80,7 @@ def test_a_page_can_be_written_again_but_not_over_another(folder: Path, tmp_path
 
 def test_other_files_are_passed_over_and_missing_suites_left_out(folder: Path, tmp_path: Path) -> None:
     (folder / "evaluation.json").write_text('{"format": "text2weight.evaluation/1"}')
-    for name in ("accuracy", "reading", "memorisation", "denoising"):
+    for name in set(SUITES) - {"fuse"}:
         (folder / f"{name}.json").unlink()
     assert write_page(folder, tmp_path / "page.md") == ["fuse"]
 

@@ -258,11 +258,12 @@ def _plot(run: SuiteRun, result: dict[str, Any]) -> None:
             part, colour = stopped["samplers"][sampler], f"C{i}"
             label = f"stopped at {100 * float(share):g} %"
             _draw_curve(axes, part["enhanced"], colour, marker="o", label=label)
-            _draw_curve(axes, part["interpolated"], colour, marker="x", linestyle=":")
+            ends = {"0": stopped["input"], "1": result["generated"][sampler]}
+            _draw_curve(axes, part["interpolated"] | ends, colour, marker="x", linestyle=":")
             axes.axhline(100 * part["continued"]["value"], color=colour, linestyle="--", linewidth=0.8)
         axes.axhline(100 * entry["trained"]["value"], color="grey", label="trained to the end")
         axes.set(title=f"from {START_NAMES[start]}, {sampler}", xlabel="strength; dotted: share of the generated head")
-    places[0].set_ylabel("top-1 accuracy on unseen tasks, %; dashed: trained on")
+    places[0].set_ylabel("top-1 accuracy, %; dashed: trained on")
     places[0].legend(fontsize="small")
     save_figure(figure, run.out / "enhance")
 
