@@ -1,6 +1,6 @@
 """From class names to what the denoiser is conditioned on.
 
-Letters: B requests, K classes (padded to the largest request), D embedding size.
+Letters: B requests, K classes (padded to the largest request), D embedding size, P numbers in one head.
 """
 
 from __future__ import annotations
@@ -96,20 +96,43 @@ def prior_attention(embeddings: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class GivenHeads:
+    """Heads to improve, one for each of B items, or none for some.
+
+    Attributes:
+        weights: (B, P) in the sampler's space; not read where there is none.
+        present: (B,) bool.
+    """
+
+    weights: Tensor
+    present: Tensor
+
+    def to(self, device: torch.device | str) -> GivenHeads:
+        """Copy to a device."""
+        return GivenHeads(self.weights.to(device), self.present.to(device))
+
+    def select(self, index: Tensor) -> GivenHeads:
+        """The items at `index` (b,)."""
+        return GivenHeads(self.weights[index], self.present[index])
+
+
+@dataclass(frozen=True)
 class Condition:
     """A padded batch of conditions: a pooled vector, a set of tokens, and how many tokens there are.
 
-    An item without any class is the null condition: it says nothing about the head.
+    An item without any class is the null condition: its text says nothing about the head.
 
     Attributes:
         pooled: (B, D).
         tokens: (B, K, D), one per class.
         mask: (B, K) bool, False marks padding.
+        given: heads to improve, for a denoiser that reads them, or None.
     """
 
     pooled: Tensor
     tokens: Tensor
     mask: Tensor
+    given: GivenHeads | None = None
 
     @property
     def count(self) -> Tensor:
@@ -118,23 +141,32 @@ class Condition:
 
     def to(self, device: torch.device | str) -> Condition:
         """Copy to a device."""
-        return Condition(self.pooled.to(device), self.tokens.to(device), self.mask.to(device))
+        given = self.given and self.given.to(device)
+        return Condition(self.pooled.to(device), self.tokens.to(device), self.mask.to(device), given)
 
     def select(self, index: Tensor) -> Condition:
         """The items at `index` (b,)."""
-        return Condition(self.pooled[index], self.tokens[index], self.mask[index])
+        given = self.given and self.given.select(index)
+        return Condition(self.pooled[index], self.tokens[index], self.mask[index], given)
 
     def drop(self, dropped: Tensor) -> Condition:
-        """Put the null condition in place of the items where `dropped` (B,) bool is True."""
+        """Put the null condition in place of the items where `dropped` (B,) bool is True; given heads stay."""
         kept = ~dropped.unsqueeze(-1)  # (B, 1)
-        return Condition(self.pooled * kept, self.tokens * kept.unsqueeze(-1), self.mask & kept)
+        return Condition(self.pooled * kept, self.tokens * kept.unsqueeze(-1), self.mask & kept, self.given)
 
     def join(self, other: Condition) -> Condition:
-        """These items, then those of `other`, which are padded to the same K."""
+        """These items, then those of `other`, padded to the same K; both have given heads or neither has."""
+        given = None
+        if self.given is not None and other.given is not None:
+            given = GivenHeads(
+                torch.cat([self.given.weights, other.given.weights]),
+                torch.cat([self.given.present, other.given.present]),
+            )
         return Condition(
             torch.cat([self.pooled, other.pooled]),
             torch.cat([self.tokens, other.tokens]),
             torch.cat([self.mask, other.mask]),
+            given,
         )
 
 

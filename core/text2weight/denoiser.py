@@ -27,12 +27,12 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from text2weight.condition import Condition
+from text2weight.condition import Condition, GivenHeads
 from text2weight.head import HeadSpec
 from text2weight.weight_tokens import ChunkTokens, UnitTokens
 
 # A checkpoint's hash covers its config as written, and older checkpoints were written without these fields.
-_ADDED_FIELDS = {"pooled": True, "null_condition": False}
+_ADDED_FIELDS = {"pooled": True, "null_condition": False, "reads_given": False}
 
 
 class DenoiserConfig(BaseModel):
@@ -49,6 +49,7 @@ class DenoiserConfig(BaseModel):
         class_tokens: let weight tokens attend to one token per class.
         class_path: M, inner size of the class path (class tokens only); 0 leaves it out.
         null_condition: learn what to answer without a condition, for classifier-free guidance.
+        reads_given: show the network the head that it is to improve, where there is one (unit tokens only).
         width: W.
         depth: number of blocks.
         heads: attention heads per block.
@@ -66,6 +67,7 @@ class DenoiserConfig(BaseModel):
     class_tokens: bool = True
     class_path: NonNegativeInt = 512
     null_condition: bool = False
+    reads_given: bool = False
     width: PositiveInt = 384
     depth: PositiveInt = 6
     heads: PositiveInt = 6
@@ -82,6 +84,12 @@ class DenoiserConfig(BaseModel):
     def _reads_the_text(self) -> DenoiserConfig:
         if not (self.pooled or self.class_tokens):
             raise ValueError("pooled and class_tokens are both false: the text is read through one of them at least")
+        return self
+
+    @model_validator(mode="after")
+    def _reads_given_heads_as_units(self) -> DenoiserConfig:
+        if self.reads_given and self.tokens != "unit":
+            raise ValueError(f"reads_given is true with {self.tokens} tokens: a given head is read unit by unit")
         return self
 
     @model_serializer(mode="wrap")
@@ -159,6 +167,41 @@ class ClassPath(nn.Module):
         return numbers
 
 
+class GivenPath(nn.Module):
+    """Shows the network a given head, unit by unit, and lets it keep a share of each unit.
+
+    Tokens are narrower than units: without the second part most of a head's numbers could not reach the output. Both
+    add nothing at first. The layers' biases say that there is a head; where there is none nothing is added.
+    """
+
+    def __init__(self, layout: UnitTokens, width: int) -> None:
+        super().__init__()
+        self.layout = layout
+        spec = layout.spec
+        # Without random numbers: the other layers start as they do in a network that reads no heads.
+        self.unit_in = nn.utils.skip_init(nn.Linear, layout.unit_dim, width)
+        self.bias_in = nn.utils.skip_init(nn.Linear, spec.output_dim, width) if spec.bias else None
+        self.kept = nn.utils.skip_init(nn.Linear, width, 1)
+        _zero(self)
+
+    def encode(self, given: GivenHeads) -> Tensor:
+        """What is added to the weight tokens: (B, T, W), T as in `UnitEmbedding.encode`."""
+        units, output_bias = self.layout.split(given.weights)  # (B, h, unit_dim), (B, o)
+        tokens: Tensor = self.unit_in(units)  # (B, h, W)
+        if self.bias_in is not None and output_bias is not None:
+            tokens = torch.cat([tokens, self.bias_in(output_bias).unsqueeze(1)], dim=1)  # (B, T, W)
+        return tokens * given.present[:, None, None]
+
+    def decode(self, tokens: Tensor, given: GivenHeads) -> Tensor:
+        """What is added to the output, given the final tokens (B, T, W): (B, P)."""
+        units, output_bias = self.layout.split(given.weights)  # (B, h, unit_dim), (B, o)
+        shares = self.kept(tokens) * given.present[:, None, None]  # (B, T, 1)
+        hidden = units.shape[1]
+        return self.layout.join(
+            shares[:, :hidden] * units, None if output_bias is None else shares[:, hidden] * output_bias
+        )
+
+
 class UnitEmbedding(nn.Module):
     """Flat weights <-> one W-wide token per hidden unit and one for the output bias."""
 
@@ -178,6 +221,7 @@ class UnitEmbedding(nn.Module):
         self.class_bias = nn.Linear(size, spec.output_dim) if size and spec.bias else None
         if self.class_bias is not None:
             _zero(self.class_bias)
+        self.given_path = GivenPath(self.layout, width) if config.reads_given else None
         self.register_buffer("anchor", anchor, persistent=False)
 
     def _identity(self) -> Tensor:
@@ -187,17 +231,17 @@ class UnitEmbedding(nn.Module):
         # Unit variance within a unit, whatever the size of the anchor's weights.
         return F.layer_norm(units, units.shape[-1:]) if self.identity_in is not None else torch.zeros_like(units)
 
-    def encode(self, flat: Tensor) -> Tensor:
+    def encode(self, flat: Tensor, given: GivenHeads | None = None) -> Tensor:
         """(B, P) -> (B, T, W), T = h + 1 with an output bias, else h."""
         units, output_bias = self.layout.split(flat)  # (B, h, unit_dim), (B, o)
         tokens: Tensor = self.unit_in(units)  # (B, h, W)
         if self.identity_in is not None:
             tokens = tokens + self.identity_in(self._identity())
-        if output_bias is None:
-            return tokens
-        return torch.cat([tokens, self.bias_in(output_bias).unsqueeze(1)], dim=1)
+        if output_bias is not None:
+            tokens = torch.cat([tokens, self.bias_in(output_bias).unsqueeze(1)], dim=1)  # (B, T, W)
+        return tokens if self.given_path is None or given is None else tokens + self.given_path.encode(given)
 
-    def decode(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
+    def decode(self, tokens: Tensor, classes: Tensor | None, given: GivenHeads | None = None) -> Tensor:
         """Tokens (B, T, W) and the set of classes (B, M) -> (B, P)."""
         hidden = self.layout.spec.hidden_dim
         units = self.unit_out(tokens[:, :hidden])  # (B, h, unit_dim)
@@ -206,7 +250,8 @@ class UnitEmbedding(nn.Module):
             units = units + self.class_path(self._identity(), classes)
         if self.class_bias is not None:
             output_bias = output_bias + self.class_bias(classes)
-        return self.layout.join(units, output_bias)
+        output = self.layout.join(units, output_bias)  # (B, P)
+        return output if self.given_path is None or given is None else output + self.given_path.decode(tokens, given)
 
 
 class ChunkEmbedding(nn.Module):
@@ -222,13 +267,13 @@ class ChunkEmbedding(nn.Module):
         self.class_path = ClassPath(width, size, config.chunk_size) if size else None
         _zero(self.chunk_out)
 
-    def encode(self, flat: Tensor) -> Tensor:
-        """(B, P) -> (B, T, W)."""
+    def encode(self, flat: Tensor, given: GivenHeads | None = None) -> Tensor:
+        """(B, P) -> (B, T, W); given heads are not read."""
         tokens: Tensor = self.chunk_in(self.layout.split(flat)) + self.position
         return tokens
 
-    def decode(self, tokens: Tensor, classes: Tensor | None) -> Tensor:
-        """Tokens (B, T, W) and the set of classes (B, M) -> (B, P)."""
+    def decode(self, tokens: Tensor, classes: Tensor | None, given: GivenHeads | None = None) -> Tensor:
+        """Tokens (B, T, W) and the set of classes (B, M) -> (B, P); given heads are not read."""
         chunks = self.chunk_out(tokens)  # (B, T, c)
         if self.class_path is not None:
             chunks = chunks + self.class_path(F.layer_norm(self.position, self.position.shape[-1:]), classes)
@@ -278,12 +323,13 @@ class Denoiser(nn.Module):
         Args:
             noisy: (B, P) standardised weights at each item's timestep.
             timesteps: (B,) integers 0..N.
-            condition: B items; null conditions among them only with `null_condition`.
+            condition: B items; null conditions among them only with `null_condition`. Given heads are read only
+                with `reads_given`.
 
         Returns:
             (B, P).
         """
-        weight_tokens = self.weights.encode(noisy)  # (B, T, W)
+        weight_tokens = self.weights.encode(noisy, condition.given)  # (B, T, W)
         count = weight_tokens.shape[1]
         context = self._context(timesteps, condition)  # (B, W)
         mask = condition.mask.new_ones(len(noisy), count)  # (B, T)
@@ -297,7 +343,7 @@ class Denoiser(nn.Module):
         shift, scale = self.final_modulation(context).unsqueeze(1).chunk(2, dim=-1)
         tokens = self.norm(tokens) * (1 + scale) + shift  # (B, S, W)
         classes = self._class_set(tokens[:, count:], context, condition) if self.has_class_path else None
-        output: Tensor = self.weights.decode(tokens[:, :count], classes)
+        output: Tensor = self.weights.decode(tokens[:, :count], classes, condition.given)
         return output.float()  # (B, P)
 
     def _class_set(self, class_tokens: Tensor, context: Tensor, condition: Condition) -> Tensor:

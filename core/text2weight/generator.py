@@ -3,6 +3,8 @@
     class names --text_encoder--> embeddings (K, D) --condition--> pooled vector and class tokens
         --samplers, denoiser--> standardised weights (P) --weight_space--> flat weights --head, artifact--> bytes
 
+The samplers begin at noise or, to enhance a head, at that head with noise on it (`enhancement`).
+
 Letters: B requests, K classes, D embedding size, P numbers in one head.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import Tensor
 from text2weight.artifact import FORMAT, HeadArtifact
 from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from text2weight.condition import Condition, condition_on_classes, normalise_class_names, pad_embeddings
+from text2weight.enhancement import Start, check_fits, check_given, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.samplers import check_sampler, make_plan, take_steps
 from text2weight.text_encoder import TextEncoder, load_text_encoder
@@ -44,7 +47,7 @@ def created_by() -> str:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One head to generate.
+    """One head to generate, or a given one to enhance.
 
     Attributes:
         classes: normalised class names.
@@ -54,6 +57,10 @@ class GenerationRequest:
         sampler: one of `samplers.SAMPLERS`.
         guidance_scale: s of classifier-free guidance, 0..20; 1 is the condition alone and costs nothing, other
             values need a checkpoint trained with condition dropout and twice the computation.
+        given: (P,) fp32 flat weights of the head to enhance, its hidden units in any order; None to generate one.
+        strength: how far the given head is noised before it is denoised, as a share of the schedule. At 0 it comes
+            back bit for bit; at 1 nothing is left of it, and the head is that of plain generation. `steps` calls are
+            made at any strength between, or as many as there are timesteps below; "mean" makes its one call there.
     """
 
     classes: tuple[str, ...]
@@ -62,11 +69,15 @@ class GenerationRequest:
     steps: int = 1
     sampler: str = "mean"
     guidance_scale: float = 1.0
+    given: Tensor | None = None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
 class DenoiserCall:
     """What one denoiser call of a batch was shown and what it answered, as flat head weights on the CPU.
+
+    Hidden units are in the weight space's order, those of a given head too.
 
     Attributes:
         items: positions in the batch of the b requests that made this call.
@@ -97,6 +108,7 @@ class Generator:
         self.path = checkpoint.path
         self._denoiser = checkpoint.denoiser.to(device).requires_grad_(False)
         self._space = checkpoint.space.to(device)
+        self._space_on_cpu = checkpoint.space.to("cpu")
         self._lock = threading.Lock()
         expected = checkpoint.config.text_encoder
         if expected.fingerprint and expected.fingerprint != text_encoder.fingerprint:
@@ -150,11 +162,49 @@ class Generator:
         Raises:
             InvalidInputError: `field` says which argument, the message what is allowed.
         """
+        return self.generate_batch([self._request(classes, seed, steps, sampler, guidance_scale)])[0]
+
+    def enhance(
+        self,
+        head: HeadArtifact,
+        classes: Sequence[str],
+        *,
+        strength: float,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance_scale: float = 1.0,
+    ) -> HeadArtifact:
+        """Improve a given head, such as one that was trained for a short while, for class names.
+
+        Args:
+            head: of the layout that the checkpoint generates, trained on features of the checkpoint's backbone; its
+                classes and metadata are not read.
+            classes: names, at least 2.
+            strength: 0..1, how little of the head is kept; see `GenerationRequest`.
+            seed: 0..2**63 - 1.
+            steps: denoiser calls; the checkpoint's default where not given.
+            sampler: likewise.
+            guidance_scale: see `GenerationRequest`.
+
+        Returns:
+            the head with its hidden units in the order of the given one's; at strength 1 in the checkpoint's.
+
+        Raises:
+            InvalidInputError: `field` says which argument, the message what is allowed.
+        """
+        check_fits(self.config.head, head.spec)
+        request = self._request(classes, seed, steps, sampler, guidance_scale)
+        request = replace(request, given=self.config.head.flatten(head.tensors), strength=strength)
+        return self.generate_batch([request])[0]
+
+    def _request(
+        self, classes: Sequence[str], seed: int, steps: int | None, sampler: str | None, guidance_scale: float
+    ) -> GenerationRequest:
         names = normalise_class_names(classes)
         embeddings = self.text_encoder.encode(self.prompts(names))  # (K, D)
         sampler, steps = self.resolve_sampling(sampler, steps)
-        request = GenerationRequest(names, embeddings, seed, steps, sampler, guidance_scale)
-        return self.generate_batch([request])[0]
+        return GenerationRequest(names, embeddings, seed, steps, sampler, guidance_scale)
 
     @property
     def denoiser_parameters(self) -> int:
@@ -187,6 +237,7 @@ class Generator:
             raise InvalidInputError("seed", f"seed is {request.seed}: allowed are 0 to {MAX_SEED}")
         check_sampler(request.sampler, request.steps, self.config.schedule.num_timesteps)
         self._check_guidance(request.guidance_scale)
+        check_given(self.config.head, self._space_on_cpu, request.given, request.strength)
         expected = (len(request.classes), self.config.denoiser.embedding_dim)
         if tuple(request.embeddings.shape) != expected:
             raise InvalidInputError("classes", f"embeddings are {tuple(request.embeddings.shape)}, expected {expected}")
@@ -209,7 +260,7 @@ class Generator:
         on_step: Callable[[int], None] | None = None,
         on_call: Callable[[DenoiserCall], None] | None = None,
     ) -> list[HeadArtifact]:
-        """Generate several heads in one reverse diffusion.
+        """Generate and enhance several heads in one reverse diffusion.
 
         Requests may differ in everything; one with fewer steps leaves the batch when it is done.
 
@@ -224,25 +275,39 @@ class Generator:
         for request in requests:
             self.check(request)
         padded, mask = pad_embeddings([request.embeddings.float() for request in requests])  # (B, K, D), (B, K)
-        condition = condition_on_classes(padded, mask).to(self.device)
+        condition = condition_on_classes(padded, mask)
+        starts = [self._start(request) for request in requests]
+        if self.config.denoiser.reads_given:
+            condition = replace(condition, given=heads_to_read(starts, self.config.head.num_parameters))
         with self._lock, torch.inference_mode():
-            standardised = self._sample(requests, condition, on_step, on_call)  # (B, P)
+            standardised = self._sample(requests, starts, condition.to(self.device), on_step, on_call)  # (B, P)
             weights = self._space.restore(standardised).cpu()  # (B, P)
-        return [self._to_artifact(request, row) for request, row in zip(requests, weights, strict=True)]
+        answers = [start.finish(self.config.head, row) for start, row in zip(starts, weights, strict=True)]  # B x (P,)
+        return [self._to_artifact(request, answer) for request, answer in zip(requests, answers, strict=True)]
+
+    def _start(self, request: GenerationRequest) -> Start:
+        given = None if request.given is None else request.given.detach().cpu()  # (P,)
+        return choose_start(self.config.head, self._space_on_cpu, self.config.schedule, given, request.strength)
 
     def _sample(
         self,
         requests: Sequence[GenerationRequest],
+        starts: Sequence[Start],
         condition: Condition,
         on_step: Callable[[int], None] | None,
         on_call: Callable[[DenoiserCall], None] | None,
     ) -> Tensor:
-        """Run every request's sampler from noise to an estimate, (B, P) in the standardised space."""
+        """Run every request's sampler from its start to an estimate, (B, P) in the standardised space."""
         schedule, prediction = self.config.schedule, self.config.prediction
-        plans = [make_plan(request.sampler, request.steps, schedule) for request in requests]
+        plans = [
+            make_plan(request.sampler, request.steps, schedule, start.timestep)
+            for request, start in zip(requests, starts, strict=True)
+        ]
         sources = [torch.Generator().manual_seed(request.seed) for request in requests]
         scales = torch.tensor([request.guidance_scale for request in requests])  # (B,)
-        noisy = torch.stack([self._noise(source) for source in sources]).to(self.device)  # (B, P)
+        noisy = torch.stack(
+            [start.sample(schedule, self._noise(source)) for start, source in zip(starts, sources, strict=True)]
+        ).to(self.device)  # (B, P)
         previous = torch.zeros_like(noisy)  # (B, P) the last estimates, for multistep samplers
         for call in range(max(len(plan) for plan in plans)):
             active = [i for i, plan in enumerate(plans) if call < len(plan)]
@@ -290,6 +355,8 @@ class Generator:
         }
         if request.guidance_scale != 1:
             metadata["guidance_scale"] = repr(float(request.guidance_scale))
+        if request.given is not None:
+            metadata["strength"] = repr(float(request.strength))
         # A copy: the request's embeddings may sit in a cache that other requests read.
         embeddings = request.embeddings.to("cpu", torch.float32, copy=True)  # (K, D)
         return HeadArtifact(tensors, embeddings, metadata)

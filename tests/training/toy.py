@@ -82,6 +82,14 @@ PRESET: dict[str, Any] = {
             "surface_points": 5,
             "bootstrap": 100,
         },
+        "enhance": {
+            "tasks": 6,
+            "shares": [0.1, 0.5],
+            "strengths": [0, 0.4, 0.8, 1],
+            "samplers": [["mean", 1], ["ddim", 3]],
+            "factors": [0.3, 0.6],
+            "bootstrap": 100,
+        },
         "memorisation": {
             "tasks": 6,
             "samplers": [["mean", 1], ["ddpm", 4]],

@@ -33,6 +33,7 @@ from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
 from text2weight_training.adversary import Adversary
 from text2weight_training.files import TrainingDataError, atomic_path
+from text2weight_training.given import GivenDraws, draw_given, partly_trained
 from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center, training_class_names
@@ -61,6 +62,7 @@ class StepDraws:
         noise: (B, P) standard normal.
         timesteps: (B,) in 1..N.
         orders: (z, h) permutations for the equivariance loss, if it is on.
+        given: of the heads to improve, if any are given.
     """
 
     batch: TaskBatch
@@ -69,6 +71,7 @@ class StepDraws:
     noise: Tensor
     timesteps: Tensor
     orders: Tensor | None
+    given: GivenDraws | None
 
 
 class Fit:
@@ -100,6 +103,7 @@ class Fit:
         self._features = replace(self._data.train, features=self._data.train.features.bfloat16())
         self._zoo_tasks = pad_tasks(zoo.split.seen).to(target)  # (n, K)
         self._zoo_clean = self.space.standardise(zoo.weights).to(target)  # (n, P)
+        self._starts = self.space.standardise(torch.stack([zoo.universal, zoo.base])).to(target)  # (2, P)
         torch.manual_seed(preset.seed)
         center = training_center(data.embeddings, zoo.split)  # (D,)
         self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, center)
@@ -225,7 +229,11 @@ class Fit:
             clean = permute_each(spec, clean, moves)
             noise = torch.cat([permute_each(spec, noise[: len(clean)], moves), noise[len(clean) :]])
         orders = draw_orders(spec, len(clean), generator).to(device) if settings.symmetry_weight else None
-        return StepDraws(batch, clean, start, noise, steps.to(device), orders)
+        given = None
+        if settings.given_share:
+            starts, size = self._starts.shape
+            given = draw_given(len(clean), size, starts, settings.given_share, generator).to(device)
+        return StepDraws(batch, clean, start, noise, steps.to(device), orders, given)
 
     def _compute_losses(self, generator: torch.Generator) -> dict[str, Tensor]:
         settings, schedule = self.preset.fit, self.preset.schedule
@@ -241,7 +249,11 @@ class Fit:
                 self._model, self.preset.prediction, draws.start, last, batch.condition.select(fresh_rows)
             )  # (b, P)
             clean = torch.cat([clean, first.detach()])  # (B, P)
-        denoised = self._losses.denoise(self._model, clean, draws.timesteps, draws.noise, batch.condition)
+        condition = batch.condition
+        if draws.given is not None:
+            given = partly_trained(draws.given, self._starts, draws.clean, len(fresh_rows))
+            condition = replace(condition, given=given)
+        denoised = self._losses.denoise(self._model, clean, draws.timesteps, draws.noise, condition)
         losses["diffusion"] = self._losses.diffusion(denoised, clean, draws.noise, only=~is_fresh)
         if settings.task_weight and len(fresh_rows):
             losses["first call"] = self._losses.task(first, batch.select(fresh_rows))

@@ -112,6 +112,7 @@ class FitSettings(_Strict):
         discriminator_learning_rate: Adam's peak for the discriminator; warm-up and cosine as the denoiser's.
         permute_units: put the hidden units of every zoo item into a random order.
         condition_dropout: share of items whose condition is hidden from the denoiser.
+        given_share: share of zoo items that the denoiser is given a partly trained head of, to improve: see `given.py`.
         learning_rate: AdamW's peak; warm-up, then a cosine to zero.
         weight_decay: AdamW's decoupled decay.
         warmup: share of the run spent warming up.
@@ -134,6 +135,7 @@ class FitSettings(_Strict):
     discriminator_learning_rate: PositiveFloat = 1e-4
     permute_units: bool = False
     condition_dropout: float = Field(default=0.0, ge=0, le=1)
+    given_share: float = Field(default=0.0, ge=0, le=1, exclude_if=_is_off)
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
     warmup: float = Field(default=0.03, ge=0, lt=1)
@@ -240,6 +242,17 @@ class Preset(_Strict):
             raise ValueError(
                 f"fit.condition_dropout {fit.condition_dropout} trains the null condition, and denoiser.null_condition "
                 f"is {str(denoiser.null_condition).lower()}: set both or neither"
+            )
+
+        if (fit.given_share > 0) != denoiser.reads_given:
+            raise ValueError(
+                f"fit.given_share {fit.given_share} trains the reading of given heads, and denoiser.reads_given is "
+                f"{str(denoiser.reads_given).lower()}: set both or neither"
+            )
+        if fit.given_share and (fit.permute_units or fit.symmetry_weight):
+            raise ValueError(
+                "fit.given_share goes with neither fit.permute_units nor fit.symmetry_weight: a given head is read "
+                "beside the sample's units, in the order of the anchor's"
             )
 
     def _check_suites(self) -> None:

@@ -111,21 +111,35 @@ def train_stack(
     Raises:
         TrainingDataError: the weights are no longer finite.
     """
-    device = features.features.device
-    labels = pad_tasks(tasks).to(device)  # (M, K)
-    targets_text, mask = task_embeddings(embeddings, labels)  # (M, K, D), (M, K)
-
-    def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
-        batch, target = features.sample(labels, recipe.batch_size, generator)  # (M, n, d), (M, n)
-        logits = stacked_logits(spec, flat, batch.float(), targets_text, logit_scale, mask)  # (M, n, K)
-        # Summed over heads and averaged over samples: each head's gradient is its own mean loss's.
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / recipe.batch_size
-
-    flat = start.to(device).expand(len(tasks), -1).clone()  # (M, P)
+    loss = _stack_loss(spec, tasks, features, embeddings, logit_scale, recipe.batch_size)
+    flat = start.to(features.features.device).expand(len(tasks), -1).clone()  # (M, P)
     trained, last = minimise(flat, loss, recipe, seed, on_step, on_weights)
     if not bool(torch.isfinite(trained).all()):
         raise TrainingDataError(f"head training diverged (loss {last}): lower the learning rate")
     return trained
+
+
+def _stack_loss(
+    spec: HeadSpec,
+    tasks: list[tuple[int, ...]],
+    features: ClassFeatures,
+    embeddings: Tensor,
+    logit_scale: float,
+    batch_size: int,
+) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """The loss of one head per task, weights (M, P) and a generator -> cross-entropy on a fresh batch.
+
+    Summed over heads and averaged over samples: each head's gradient is its own mean loss's.
+    """
+    labels = pad_tasks(tasks).to(features.features.device)  # (M, K)
+    targets_text, mask = task_embeddings(embeddings, labels)  # (M, K, D), (M, K)
+
+    def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
+        batch, target = features.sample(labels, batch_size, generator)  # (M, n, d), (M, n)
+        logits = stacked_logits(spec, flat, batch.float(), targets_text, logit_scale, mask)  # (M, n, K)
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / batch_size
+
+    return loss
 
 
 def minimise(
@@ -178,7 +192,7 @@ def train_in_stacks(
     on_stack: Callable[[int], None] | None = None,
     on_weights: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """`train_stack` for any number of tasks, `stack` at a time: (M, P).
+    """`train_stack` for any number of tasks, `stack` at a time, from one start (P,) or one each (M, P): (M, P).
 
     The stack that begins with task i draws with seed + i; `on_stack` is called with the number of its heads,
     `on_weights` as by `train_stack` for one stack after the other.

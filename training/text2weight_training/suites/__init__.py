@@ -24,6 +24,7 @@ SUITES = {
     "fuse": "text2weight_training.suites.fuse",
     "init": "text2weight_training.suites.init",
     "landscape": "text2weight_training.suites.landscape",
+    "enhance": "text2weight_training.suites.enhance",
     "memorisation": "text2weight_training.suites.memorisation",
     "ablation": "text2weight_training.suites.ablation",
     "gradcam": "text2weight_training.suites.gradcam",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,6 +135,11 @@ def task_hits(run: SuiteRun, heads: Tensor, task: Task) -> tuple[Tensor, Tensor]
 def task_accuracy(run: SuiteRun, heads: Tensor, task: Task) -> Tensor:
     """Top-1 accuracy of heads (J, P) on a task's test features: (J,), 0..1."""
     return task_hits(run, heads, task)[0].float().mean(-1)
+
+
+def own_accuracy(run: SuiteRun, tasks: list[Task], heads: Tensor) -> np.ndarray:
+    """Top-1 accuracy of heads (M, P), each on its own task's test features: (M,), 0..1."""
+    return np.array([float(task_accuracy(run, head[None], task)) for head, task in zip(heads, tasks, strict=True)])
 
 
 def training_sample(run: SuiteRun, task: Task, count: int) -> tuple[Tensor, Tensor]:

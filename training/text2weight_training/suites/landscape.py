@@ -23,8 +23,8 @@ from text2weight_training.suites.base import (
     SuiteRun,
     Task,
     method_name,
+    own_accuracy,
     take_tasks,
-    task_accuracy,
     task_loss,
     train_heads,
     training_sample,
@@ -78,8 +78,8 @@ def run(run: SuiteRun) -> dict[str, Any]:
         "radii": list(settings.radii),
         "starts": {
             name: {
-                "before": bootstrap.summary(_accuracies(run, tasks, starts[name])),
-                "after": bootstrap.summary(_accuracies(run, tasks, heads)),
+                "before": bootstrap.summary(own_accuracy(run, tasks, starts[name])),
+                "after": bootstrap.summary(own_accuracy(run, tasks, heads)),
                 "loss": {
                     data: bootstrap.summary(values)
                     for data, values in zip(DATA, _losses(run, tasks, heads[:, None])[..., 0], strict=True)
@@ -99,11 +99,6 @@ def run(run: SuiteRun) -> dict[str, Any]:
 def _train(run: SuiteRun, tasks: list[Task], starts: Tensor) -> Tensor:
     """Heads (M, P) trained from starts (M, P) by `evaluation.oracle`."""
     return train_heads(run, tasks, run.preset.evaluation.oracle, run.preset.seed, starts)
-
-
-def _accuracies(run: SuiteRun, tasks: list[Task], heads: Tensor) -> np.ndarray:
-    """Test accuracy of heads (M, P), each on its task: (M,)."""
-    return np.array([float(task_accuracy(run, head[None], task)) for head, task in zip(heads, tasks, strict=True)])
 
 
 def _losses(run: SuiteRun, tasks: list[Task], heads: Tensor) -> np.ndarray:

@@ -23,6 +23,7 @@ from text2weight.samplers import SamplerName
 from text2weight_training.stacked import HeadRecipe
 
 Share = Annotated[float, Field(gt=0, le=1)]
+Between = Annotated[float, Field(gt=0, lt=1)]
 SamplerSteps = tuple[SamplerName, PositiveInt]
 # What each of them changes is in variants.py.
 VariantName = Literal[
@@ -195,6 +196,36 @@ class LandscapeSettings(SuiteSettings):
     task_extent: PositiveFloat = 4.0
 
 
+class EnhanceSettings(SuiteSettings):
+    """Heads whose training was stopped early, and what improves them.
+
+    Attributes:
+        tasks: number of unseen tasks.
+        starts: where training starts: the zoo's base or universal head, or PyTorch's initialisation, another one for
+            every task.
+        shares: after which shares of `evaluation.oracle.steps` it is stopped.
+        strengths: at least one of them between 0 and 1.
+        samplers: (sampler, steps) pairs.
+        factors: shares of the generated head when it is interpolated with the stopped one.
+    """
+
+    tasks: Annotated[int, Field(ge=2)] = 100
+    starts: tuple[Literal["base", "universal", "default"], ...] = Field(default=("base", "default"), min_length=1)
+    shares: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75), min_length=1)
+    strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (
+        0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
+    )  # fmt: skip
+    samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1), ("ddim", 20)), min_length=1)
+    factors: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75, 0.9), min_length=1)
+
+    @field_validator("strengths")
+    @classmethod
+    def _one_enhances(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
+        if not any(0 < strength < 1 for strength in strengths):
+            raise ValueError(f"{list(strengths)}: 0 returns the head and 1 ignores it, give one between them")
+        return strengths
+
+
 class MemorisationSettings(SuiteSettings):
     """Whether the zoo's heads are recalled or new ones made.
 
@@ -285,20 +316,29 @@ class SuitesSettings(BaseModel):
     fuse: FuseSettings = FuseSettings()
     init: InitSettings = InitSettings()
     landscape: LandscapeSettings = LandscapeSettings()
+    enhance: EnhanceSettings = EnhanceSettings()
     memorisation: MemorisationSettings = MemorisationSettings()
     ablation: AblationSettings = AblationSettings()
     gradcam: GradcamSettings = GradcamSettings()
 
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
-        for settings in (self.denoising, self.reading, self.fuse, self.init, self.memorisation, self.ablation):
+        for settings in (
+            self.denoising,
+            self.reading,
+            self.fuse,
+            self.init,
+            self.enhance,
+            self.memorisation,
+            self.ablation,
+        ):
             yield from settings.samplers
         yield self.landscape.sampler
         yield self.gradcam.sampler
 
     def unseen_tasks(self) -> dict[str, int]:
         """How many unseen tasks each suite asks for, by the names of the settings that say so."""
-        suites = ("denoising", "reading", "landscape", "memorisation")
+        suites = ("denoising", "reading", "landscape", "enhance", "memorisation")
         return {f"{name}.tasks": getattr(self, name).tasks for name in suites} | {
             "init.tasks + tuning_tasks": self.init.tasks + self.init.tuning_tasks
         }

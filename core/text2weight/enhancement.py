@@ -1,0 +1,194 @@
+"""Enhancing a given head: noise it part of the way, then denoise it under the text.
+
+The idea is SDEdit's (arXiv 2108.01073). A head at timestep t0 = strength * N keeps sqrt(abar_t0) of itself; the
+sampler starts there in place of N. The T2W paper (arXiv 2508.13633) noises by all N steps, which leaves nothing of
+the head: docs/method.md. Letters: P numbers in one head, h hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from text2weight.condition import GivenHeads
+from text2weight.diffusion import NoiseSchedule
+from text2weight.errors import InvalidInputError
+from text2weight.head import HeadSpec
+from text2weight.merging import match_units
+from text2weight.weight_space import WeightSpace
+from text2weight.weight_tokens import permute_units
+
+# In the space's scales: PyTorch's initial heads reach 150 in the bundled checkpoint. Numbers far above would overflow
+# inside the denoiser and come back as a head that is not finite.
+MAX_DEVIATION = 1e6
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How to write a head so that it resembles another one and still is the same classifier.
+
+    Attributes:
+        order: (h,) brings its hidden units into the other head's order.
+        factor: brings its last layer to the length of the other head's.
+    """
+
+    order: Tensor
+    factor: float
+
+    def apply(self, spec: HeadSpec, head: Tensor) -> Tensor:
+        """Head (P,) -> (P,), aligned."""
+        return scale_last_layer(spec, permute_units(spec, head, self.order), self.factor)
+
+    def undo(self, spec: HeadSpec, head: Tensor) -> Tensor:
+        """An aligned head (P,) -> (P,), as before, but for rounding."""
+        return scale_last_layer(spec, permute_units(spec, head, self.order.argsort()), 1 / self.factor)
+
+
+def align(spec: HeadSpec, reference: Tensor, head: Tensor) -> Alignment:
+    """Find how to write a head (P,) so that it resembles a reference (P,), on the same device.
+
+    Hidden units can stand in any order: they are paired with the reference's one to one, as in Git Re-Basin
+    (arXiv 2209.04836). Cosine logits do not see the length of the head's output: the last layer gets the reference's.
+    GELU leaves no more freedom; a unit's sign and length mean something.
+    """
+    factor = 1.0
+    if spec.logits == "cosine":
+        lengths = [_last_layer_length(spec, weights) for weights in (reference, head)]
+        # A layer of next to nothing stays one: its ratio would not be a number in fp32.
+        factor = lengths[0] / lengths[1] if min(lengths) > max(lengths) / MAX_DEVIATION else 1.0
+    return Alignment(match_units(spec, reference, head), factor)
+
+
+def scale_last_layer(spec: HeadSpec, flat: Tensor, factor: float) -> Tensor:
+    """Multiply a head's last layer, weights and bias, by a positive factor: flat (P,) -> (P,).
+
+    Cosine logits stay the same.
+    """
+    blocks = spec.unflatten(flat)
+    return spec.flatten(
+        {name: block * factor if name.startswith("linear2.") else block for name, block in blocks.items()}
+    )
+
+
+def _last_layer_length(spec: HeadSpec, flat: Tensor) -> float:
+    blocks = spec.unflatten(flat.double())
+    return math.hypot(*(float(block.norm()) for name, block in blocks.items() if name.startswith("linear2.")))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a request's reverse diffusion begins.
+
+    Attributes:
+        timestep: t0; N is pure noise, and 0 leaves nothing to do.
+        given: (P,) the head to begin from; None at N.
+        alignment: of the given head to the weight space's anchor; None at N.
+        clean: (P,) the aligned head in the sampler's space; None at N.
+    """
+
+    timestep: int
+    given: Tensor | None = None
+    alignment: Alignment | None = None
+    clean: Tensor | None = None
+
+    def sample(self, schedule: NoiseSchedule, noise: Tensor) -> Tensor:
+        """x_t0 in the sampler's space from standard normal noise (P,): (P,)."""
+        if self.clean is None:
+            return noise
+        return schedule.add_noise(self.clean[None], torch.tensor([self.timestep]), noise[None])[0]
+
+    def finish(self, spec: HeadSpec, weights: Tensor) -> Tensor:
+        """Turn the sampler's flat weights (P,) into the answer (P,), written as the given head is.
+
+        Nothing was done at timestep 0, so the answer is the given head itself, free of any rounding.
+        """
+        if self.given is None or self.alignment is None:
+            return weights
+        return self.given if self.timestep == 0 else self.alignment.undo(spec, weights)
+
+
+def choose_start(
+    spec: HeadSpec, space: WeightSpace, schedule: NoiseSchedule, given: Tensor | None, strength: float
+) -> Start:
+    """Where to begin for a given head and a strength.
+
+    Args:
+        spec: the heads' specification.
+        space: the weight space, on the CPU.
+        schedule: the noise schedule.
+        given: (P,) flat weights on the CPU, written in any of the ways that `align` undoes: the denoiser knows heads
+            as they look beside the anchor. None for plain generation.
+        strength: 0..1; t0 is rounded to whole timesteps.
+
+    Returns:
+        at t0 = N the start of plain generation, in which the given head has no part: the sqrt(abar_N) that noising
+        would leave of it is an artefact of the schedule.
+    """
+    timestep = round(strength * schedule.num_timesteps)
+    if given is None or timestep == schedule.num_timesteps:
+        return Start(schedule.num_timesteps)
+    alignment = align(spec, space.anchor, given)
+    return Start(timestep, given, alignment, space.standardise(alignment.apply(spec, given)))
+
+
+def heads_to_read(starts: Sequence[Start], size: int) -> GivenHeads:
+    """What a denoiser that reads given heads is shown of B requests, each with `size` numbers in its head."""
+    nothing = torch.zeros(size)
+    rows = [nothing if start.clean is None else start.clean for start in starts]
+    return GivenHeads(torch.stack(rows), torch.tensor([start.clean is not None for start in starts]))
+
+
+def check_given(spec: HeadSpec, space: WeightSpace, given: Tensor | None, strength: float) -> None:
+    """Refuse a given head and a strength that nothing can be computed from.
+
+    Args:
+        spec: the heads' specification.
+        space: the weight space, on the CPU.
+        given: see `choose_start`.
+        strength: likewise.
+
+    Raises:
+        InvalidInputError: field "strength" or "head".
+    """
+    if not 0 <= strength <= 1:  # not a number is refused too
+        raise InvalidInputError("strength", f"strength is {strength}: allowed are 0 to 1")
+    if given is None:
+        if strength != 1:
+            raise InvalidInputError("strength", f"strength is {strength} without a head: give one, or leave it at 1")
+        return
+    if tuple(given.shape) != (spec.num_parameters,) or given.dtype != torch.float32:
+        raise InvalidInputError(
+            "head",
+            f"the head's weights are {tuple(given.shape)} {given.dtype}: "
+            f"expected ({spec.num_parameters},) torch.float32",
+        )
+    # Nan and infinite values fail the comparison, too.
+    if not bool((space.standardise(given.cpu()).abs() <= MAX_DEVIATION).all()):
+        raise InvalidInputError(
+            "head",
+            f"the head holds values that are not finite, or more than {MAX_DEVIATION:g} standard deviations away from "
+            "the heads that this checkpoint knows: give a trained head",
+        )
+
+
+def check_fits(expected: HeadSpec, there: HeadSpec) -> None:
+    """Refuse a head that computes something else than the checkpoint's heads do.
+
+    Raises:
+        InvalidInputError: field "head"; other sizes, biases or activation.
+    """
+    if (there.shapes, there.activation) != (expected.shapes, expected.activation):
+        raise InvalidInputError(
+            "head",
+            f"the head has {_describe(there)}: this checkpoint enhances heads with {_describe(expected)}",
+        )
+
+
+def _describe(spec: HeadSpec) -> str:
+    biases = "biases" if spec.bias else "no biases"
+    sizes = f"{spec.input_dim} inputs, {spec.hidden_dim} hidden units, {spec.output_dim} outputs"
+    return f"{sizes}, {biases} and activation {spec.activation}"

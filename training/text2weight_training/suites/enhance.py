@@ -1,0 +1,305 @@
+"""What improves a head whose training was stopped early? After T2W's Fig. 6 (arXiv 2508.13633).
+
+Heads of unseen tasks are trained up to a share of the recipe `evaluation.oracle`, then enhanced at every strength.
+Beside them: the stopped head, a head generated from the text alone, interpolations of the two, and the stopped head
+trained on for the wall time that enhancing it took. Letters: M tasks, J heads of a task, P numbers in one head.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from text2weight.enhancement import align
+from text2weight_training.bootstrap import PairedBootstrap
+from text2weight_training.evaluate import generate_from_requests, task_requests
+from text2weight_training.stacked import cosine_decay, initial_head
+from text2weight_training.suites.base import SuiteRun, Task, method_name, own_accuracy, take_tasks, train_heads
+from text2weight_training.suites.figures import new_figure, plot_band, save_figure
+from text2weight_training.suites.tables import markdown_table, percent, points
+
+START_NAMES = {"base": "the base head", "universal": "the universal head", "default": "PyTorch's initialisation"}
+OTHERS = ("input", "generated", "interpolated", "continued")
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """One training of M heads.
+
+    Attributes:
+        heads: by the step they were stopped after (M, P); the last one is trained to the end.
+        seconds: wall time of one step of one head.
+    """
+
+    heads: dict[int, Tensor]
+    seconds: float
+
+
+def run(run: SuiteRun) -> dict[str, Any]:
+    """Measure what improves stopped heads of unseen tasks, paired by task.
+
+    Returns:
+        `tasks`; `steps`, of the whole training; `generated`: accuracy of plain generation per sampler; per start in
+        `starts`: `trained`, accuracy after all steps, `step_seconds`, wall time of one training step per head, and
+        `stopped`: per share its `steps`, the accuracy of the `input`, and per sampler in `samplers` what `measure`
+        returns.
+
+    Raises:
+        TrainingDataError: the zoo has too few unseen tasks, or a training diverges.
+    """
+    settings, preset = run.preset.suites.enhance, run.preset
+    tasks = take_tasks(run.zoo.split.unseen, settings.tasks, "suites.enhance.tasks", "unseen")
+    bootstrap = PairedBootstrap(len(tasks), settings.bootstrap, preset.seed)
+    generated = {
+        (sampler, steps): generate_from_requests(
+            run.generator, task_requests(run.data, tasks, sampler, steps, preset.seed)
+        )
+        for sampler, steps in settings.samplers
+    }  # (M, P) each
+    whole = preset.evaluation.oracle.steps
+    stops = {f"{share:g}": max(1, round(share * whole)) for share in settings.shares}
+    starts = {}
+    for name in settings.starts:
+        stopped = train_and_stop(run, starting_heads(run, name, len(tasks)), tasks, {*stops.values(), whole})
+        starts[name] = {
+            "trained": bootstrap.summary(own_accuracy(run, tasks, stopped.heads[whole])),
+            "step_seconds": stopped.seconds,
+            "stopped": {
+                share: {
+                    "steps": stop,
+                    "input": bootstrap.summary(own_accuracy(run, tasks, stopped.heads[stop])),
+                    "samplers": {
+                        method_name(*sampler): measure(run, tasks, stopped, stop, sampler, plain, bootstrap)
+                        for sampler, plain in generated.items()
+                    },
+                }
+                for share, stop in stops.items()
+            },
+        }
+    result = {
+        "tasks": len(tasks),
+        "steps": whole,
+        "generated": {
+            method_name(*sampler): bootstrap.summary(own_accuracy(run, tasks, plain))
+            for sampler, plain in generated.items()
+        },
+        "starts": starts,
+    }
+    _plot(run, result)
+    return result
+
+
+def starting_heads(run: SuiteRun, name: str, tasks: int) -> Tensor:
+    """Where the training of each task's head starts, (M, P)."""
+    if name != "default":
+        head = run.zoo.base if name == "base" else run.zoo.universal  # (P,)
+        return head.expand(tasks, -1)
+    # The zoo's own heads start from the preset's seed: these are to be heads that know nothing of them.
+    return torch.stack([initial_head(run.preset.head, run.preset.seed + 1 + i) for i in range(tasks)])
+
+
+def train_and_stop(run: SuiteRun, start: Tensor, tasks: list[Task], stops: set[int]) -> Stopped:
+    """Train heads (M, P) by `evaluation.oracle` and keep what they are after each of some steps.
+
+    Raises:
+        TrainingDataError: the weights are no longer finite.
+    """
+    recipe = run.preset.evaluation.oracle
+    parts: dict[int, list[Tensor]] = {stop: [] for stop in sorted(stops)}
+
+    def keep(step: int, weights: Tensor) -> None:
+        if step in parts:
+            parts[step].append(weights.clone())  # (m, P), one stack of the tasks
+
+    began = time.perf_counter()
+    train_heads(run, tasks, recipe, run.preset.seed, start, keep)
+    seconds = (time.perf_counter() - began) / (len(tasks) * recipe.steps)
+    return Stopped({stop: torch.cat(heads) for stop, heads in parts.items()}, seconds)
+
+
+def measure(
+    run: SuiteRun,
+    tasks: list[Task],
+    stopped: Stopped,
+    stop: int,
+    sampler: tuple[str, int],
+    generated: Tensor,
+    bootstrap: PairedBootstrap,
+) -> dict[str, Any]:
+    """Everything about one stopping point and one sampler.
+
+    Args:
+        run: the measurement.
+        tasks: M tasks.
+        stopped: their heads.
+        stop: after how many steps.
+        sampler: name and number of denoiser calls.
+        generated: (M, P) heads of plain generation by it.
+        bootstrap: of the M tasks.
+
+    Returns:
+        accuracies: `enhanced` by strength, `interpolated` by factor, `continued`; `seconds`, wall time of enhancing
+        one head, and `continued_steps`, the training steps that fit into it; `chosen`, the accuracy of enhanced and
+        of interpolated heads where the strength or factor between 0 and 1 was chosen on other tasks (see `cross`),
+        and `gain`, that of the enhanced ones less each other method's.
+    """
+    settings, given = run.preset.suites.enhance, stopped.heads[stop]
+    heads, seconds = enhance_all(run, tasks, given, sampler)
+    steps = round(seconds / stopped.seconds)
+    enhanced = {strength: own_accuracy(run, tasks, rows) for strength, rows in heads.items()}
+    interpolated = {
+        factor: own_accuracy(run, tasks, interpolate(run, given, generated, factor)) for factor in settings.factors
+    }
+    best = cross([scores for strength, scores in enhanced.items() if 0 < strength < 1])
+    scores = {
+        "input": own_accuracy(run, tasks, given),
+        "generated": own_accuracy(run, tasks, generated),
+        "interpolated": cross(list(interpolated.values())),
+        "continued": own_accuracy(run, tasks, train_on(run, tasks, given, stop, steps)),
+    }
+    return {
+        "enhanced": {f"{strength:g}": bootstrap.summary(values) for strength, values in enhanced.items()},
+        "interpolated": {f"{factor:g}": bootstrap.summary(values) for factor, values in interpolated.items()},
+        "continued": bootstrap.summary(scores["continued"]),
+        "seconds": seconds,
+        "continued_steps": steps,
+        "chosen": {
+            "enhanced": bootstrap.summary(best),
+            "interpolated": bootstrap.summary(scores["interpolated"]),
+        },
+        "gain": {name: bootstrap.summary(best - scores[name]) for name in OTHERS},
+    }
+
+
+def enhance_all(
+    run: SuiteRun, tasks: list[Task], given: Tensor, sampler: tuple[str, int]
+) -> tuple[dict[float, Tensor], float]:
+    """Given heads (M, P) enhanced at every strength, (M, P) each, and the wall time of one head between 0 and 1."""
+    plain = task_requests(run.data, tasks, *sampler, run.preset.seed)
+    heads, times = {}, []
+    for strength in run.preset.suites.enhance.strengths:
+        requests = [replace(request, given=head, strength=strength) for request, head in zip(plain, given, strict=True)]
+        began = time.perf_counter()
+        heads[strength] = generate_from_requests(run.generator, requests)
+        if 0 < strength < 1:
+            times.append((time.perf_counter() - began) / len(tasks))
+    return heads, sum(times) / len(times)
+
+
+def interpolate(run: SuiteRun, given: Tensor, generated: Tensor, factor: float) -> Tensor:
+    """(1 - factor) given + factor generated (M, P), each given head first written as the generated one is."""
+    spec = run.preset.head
+    aligned = torch.stack(
+        [align(spec, made, head).apply(spec, head) for head, made in zip(given, generated, strict=True)]
+    )  # (M, P)
+    return torch.lerp(aligned, generated, factor)
+
+
+def train_on(run: SuiteRun, tasks: list[Task], given: Tensor, stop: int, steps: int) -> Tensor:
+    """Heads (M, P) that were stopped, trained for more steps: (M, P).
+
+    The learning rate falls to zero within them, from where the whole training's had come to: so few steps at the
+    rate of the middle of a training would end worse.
+    """
+    if steps == 0:
+        return given
+    whole = run.preset.evaluation.oracle
+    rate = whole.learning_rate * cosine_decay(stop / whole.steps)
+    recipe = whole.model_copy(update={"steps": steps, "learning_rate": rate})
+    # Not the samples again that the head was trained on first.
+    return train_heads(run, tasks, recipe, run.preset.seed + 1_000_003, given)
+
+
+def cross(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Scores of the variant that is best on the other half of the tasks: J x (M,) -> (M,).
+
+    The tasks at even places choose for those at odd places, and the other way round. So no task is judged by a
+    variant that was chosen on it.
+    """
+    table = np.stack(scores)  # (J, M)
+    chosen = np.empty(table.shape[1])
+    for half in (0, 1):
+        best = table[:, 1 - half :: 2].mean(1).argmax()
+        chosen[half::2] = table[best, half::2]
+    return chosen
+
+
+def _plot(run: SuiteRun, result: dict[str, Any]) -> None:
+    panels = [(start, sampler) for start in result["starts"] for sampler in result["generated"]]
+    figure, places = new_figure(len(panels), sharex=True, sharey=True)
+    for axes, (start, sampler) in zip(places, panels, strict=True):
+        entry = result["starts"][start]
+        for i, (share, stopped) in enumerate(entry["stopped"].items()):
+            part, colour = stopped["samplers"][sampler], f"C{i}"
+            label = f"stopped at {100 * float(share):g} %"
+            _draw_curve(axes, part["enhanced"], colour, marker="o", label=label)
+            ends = {"0": stopped["input"], "1": result["generated"][sampler]}
+            _draw_curve(axes, part["interpolated"] | ends, colour, marker="x", linestyle=":")
+            axes.axhline(100 * part["continued"]["value"], color=colour, linestyle="--", linewidth=0.8)
+        axes.axhline(100 * entry["trained"]["value"], color="grey", label="trained to the end")
+        axes.set(title=f"from {START_NAMES[start]}, {sampler}", xlabel="strength; dotted: share of the generated head")
+    places[0].set_ylabel("top-1 accuracy, %; dashed: trained on")
+    places[0].legend(fontsize="small")
+    save_figure(figure, run.out / "enhance")
+
+
+def _draw_curve(axes: Any, entries: dict[str, Any], colour: str, **style: Any) -> None:
+    """Accuracies by strength or factor."""
+    ordered = sorted((float(place), entry) for place, entry in entries.items())
+    places, values = zip(*ordered, strict=True)
+    plot_band(axes, places, values, 100, color=colour, **style)
+
+
+def report(result: dict[str, Any]) -> str:
+    """Markdown section: for each start what improves its stopped heads, and the sweep over strengths."""
+    made = ", ".join(f"{name} {percent(entry)}" for name, entry in result["generated"].items())
+    text = (
+        f"{result['tasks']} unseen tasks, heads stopped before all {result['steps']} steps of their training. Accuracy "
+        f"in %. Plain generation: {made}. *Enhanced* and *interpolated* have the strength and the factor, both "
+        f"between 0 and 1, that are best on the other half of the tasks; *trained on* took as long as enhancing. Gains "
+        f"are the enhanced head's over each of the others.\n"
+    )
+    for start, entry in result["starts"].items():
+        text += (
+            f"\nTrained from {START_NAMES[start]}; to the end: {percent(entry['trained'])}; "
+            f"{1e3 * entry['step_seconds']:.2f} ms per step and head.\n\n{_comparison(entry)}"
+            f"\nThe same, enhanced at each strength:\n\n{_sweep(entry)}"
+        )
+    return text
+
+
+def _comparison(entry: dict[str, Any]) -> str:
+    headings = ["stopped at", "sampler", "input", "interpolated", "trained on (steps)", "enhanced (ms)"]
+    headings += ["gain over input", "over generated", "over interpolated", "over trained on"]
+    rows = []
+    for share, stopped in entry["stopped"].items():
+        for sampler, part in stopped["samplers"].items():
+            rows.append(
+                [
+                    f"{100 * float(share):g} %",
+                    sampler,
+                    percent(stopped["input"]),
+                    percent(part["chosen"]["interpolated"]),
+                    f"{percent(part['continued'])} ({part['continued_steps']})",
+                    f"{percent(part['chosen']['enhanced'])} ({1e3 * part['seconds']:.1f})",
+                    *(points(part["gain"][name]) for name in OTHERS),
+                ]
+            )
+    return markdown_table(headings, rows)
+
+
+def _sweep(entry: dict[str, Any]) -> str:
+    rows = []
+    strengths: list[str] = []
+    for share, stopped in entry["stopped"].items():
+        for sampler, part in stopped["samplers"].items():
+            strengths = list(part["enhanced"])
+            values = [f"{100 * part['enhanced'][strength]['value']:.2f}" for strength in strengths]
+            rows.append([f"{100 * float(share):g} %", sampler, *values])
+    return markdown_table(["stopped at", "sampler", *strengths], rows)
