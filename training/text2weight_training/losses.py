@@ -53,14 +53,16 @@ class TaskBatch:
 def make_task_batch(
     tasks: Tensor,
     embeddings: Tensor,
+    condition_embeddings: Tensor,
     features: ClassFeatures,
     samples: int,
     generator: torch.Generator,
 ) -> TaskBatch:
-    """Gather embeddings (C, D) and draw feature samples for tasks (B, K)."""
+    """Gather what tasks (B, K) are scored against and conditioned on, both (C, D), and draw feature samples."""
     text, mask = task_embeddings(embeddings, tasks)
+    read, _ = task_embeddings(condition_embeddings, tasks)
     drawn, targets = features.sample(tasks, samples, generator)  # (B, n, d), (B, n)
-    return TaskBatch(condition_on_classes(text, mask), text, mask, drawn, targets)
+    return TaskBatch(condition_on_classes(read, mask), text, mask, drawn, targets)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from text2weight.descriptions import ConditionText
 from text2weight.generator import GenerationRequest
 from text2weight.text_encoder import read_embedding_table
 from text2weight_training.bootstrap import PairedBootstrap
@@ -174,8 +175,12 @@ def _compared(bootstrap: PairedBootstrap, named: np.ndarray, left_out: np.ndarra
 
 def _without(request: GenerationRequest, place: int) -> GenerationRequest:
     rest = [i for i in range(len(request.classes)) if i != place]
+    text = request.condition_text
     return replace(
-        request, classes=tuple(request.classes[i] for i in rest), embeddings=request.embeddings[torch.tensor(rest)]
+        request,
+        classes=tuple(request.classes[i] for i in rest),
+        embeddings=request.embeddings[torch.tensor(rest)],
+        condition_text=text and replace(text, embeddings=text.embeddings[torch.tensor(rest)]),
     )
 
 
@@ -192,7 +197,7 @@ def _measure_paraphrase(
         raise TrainingDataError(f"paraphrase table {name} has two names of none of the {len(tasks)} tasks")
     requests = task_requests(run.data, covered, sampler, steps, run.preset.seed)
     changed = [
-        replace(request, embeddings=torch.stack([table[label] for label in task]))  # (K, D)
+        replace(request, condition_text=ConditionText(torch.stack([table[label] for label in task]), name))  # (K, D)
         for request, task in zip(requests, covered, strict=True)
     ]
     right, values = (
