@@ -182,7 +182,7 @@ def test_a_state_of_another_preset_or_other_data_is_refused(toy: Toy, tmp_path: 
         make_fit(toy, tmp_path / "state.pt", fit__samples=31).resume()
     other = make_fit(toy, tmp_path / "state.pt")
     other._data = replace(toy.data, fingerprint="0")
-    with pytest.raises(TrainingDataError, match="another preset or other data"):
+    with pytest.raises(TrainingDataError, match="another preset, other data"):
         other.resume()
 
 

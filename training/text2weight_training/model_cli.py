@@ -46,17 +46,26 @@ def zoo_command(
     preset: PresetName = "small",
     template: Template = "a {}",
     device: Device = "cpu",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="processes, by Ray (extra: distributed); on the machines of RAY_ADDRESS, if it is set"
+        ),
+    ] = 1,
 ) -> None:
     """Train the zoo: a universal head and thousands of task heads, in stacks.
 
     Example: t2w zoo --features cifar100.safetensors --text text.safetensors#cifar100.a --out runs/a/zoo
     """
-    from text2weight_training.zoo import build_zoo
+    from text2weight_training.zoo import build_zoo, load_speed
 
     device = check_device(device)
     data, settings = _load(features, text, template, preset)
-    zoo = build_zoo(data, settings, out, device)
+    zoo = build_zoo(data, settings, out, device, workers)
     typer.echo(f"{len(zoo.weights)} heads in {out}, mean test accuracy {float(zoo.accuracy.mean()):.3f}")
+    if (speed := load_speed(out)) is not None:
+        cost = speed.cost(1_000_000, settings.head.num_parameters)
+        typer.echo(f"{speed.heads_per_second:.3g} heads per second with {speed.workers} worker(s); at this rate {cost}")
 
 
 @fit_app.command("fit")
