@@ -301,7 +301,7 @@ def test_diverging_heads_leave_no_shard(tmp_path: Path) -> None:
     preset = toy_preset(
         zoo__heads={"steps": 2, "learning_rate": 1e38}, zoo__universal={"steps": 2}, zoo__base={"steps": 2}
     )
-    with pytest.raises(TrainingDataError, match="diverged"):
+    with pytest.raises(TrainingDataError, match=r"heads-00000.safetensors: .*diverged.*lower the learning rate"):
         build_zoo(toy_data(tmp_path), preset, tmp_path / "zoo")
     assert sorted(path.name for path in (tmp_path / "zoo").iterdir()) == ["manifest.json", "shared.safetensors"]
 
@@ -321,3 +321,8 @@ def test_folders_that_are_no_zoo(tmp_path: Path, content: str | None, message: s
 def test_data_of_a_zoo_is_checked_by_what_it_holds(toy: Toy) -> None:
     with pytest.raises(TrainingDataError, match="another template"):
         check_zoo_fits(toy.zoo, replace(toy.data, template="the {}"), toy.preset)
+    other = toy.data.backbone | {"name": "another net"}
+    with pytest.raises(TrainingDataError, match=r"another backbone \(.*'toy backbone'.* instead of .*'another net'"):
+        check_zoo_fits(toy.zoo, replace(toy.data, backbone=other), toy.preset)
+    with pytest.raises(TrainingDataError, match=r"another logit_scale .*: give the features, text and preset"):
+        check_zoo_fits(toy.zoo, toy.data, toy_preset(logit_scale=11.0))

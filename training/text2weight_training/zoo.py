@@ -290,9 +290,19 @@ def _padded_classes(tasks: Sequence[tuple[int, ...]], preset: Preset) -> Tensor:
 
 def _train_shard(work: _ShardWork, shard: _Shard) -> dict[str, Tensor]:
     data, preset, tasks = work.data, work.preset, list(shard.tasks)
-    weights = train_stack(
-        preset.head, work.start, tasks, data.train, data.embeddings, preset.logit_scale, preset.zoo.heads, shard.seed
-    )  # (n, P)
+    try:
+        weights = train_stack(
+            preset.head,
+            work.start,
+            tasks,
+            data.train,
+            data.embeddings,
+            preset.logit_scale,
+            preset.zoo.heads,
+            shard.seed,
+        )  # (n, P)
+    except TrainingDataError as error:
+        raise TrainingDataError(f"{shard.path.name}: {error} (zoo.heads.learning_rate)") from error
     accuracy = [
         heads_accuracy(preset.head, head[None], task, data.test, data.embeddings)[0]
         for head, task in zip(weights, tasks, strict=True)
@@ -359,11 +369,13 @@ def check_zoo_fits(zoo: Zoo, data: TaskData, preset: Preset) -> None:
         "logit_scale": preset.logit_scale,
         "template": data.template,
         "classes": list(data.classes),
+        "backbone": data.backbone,
         "data_sha256": data.fingerprint,
     }
     for key, value in expected.items():
         there = zoo.manifest.get(key)
         if there != value:
             raise TrainingDataError(
-                f"the zoo was built for another {key} ({str(there)[:80]} instead of {str(value)[:80]})"
+                f"the zoo was built for another {key} ({str(there)[:80]} instead of {str(value)[:80]}): give the "
+                "features, text and preset that it was built with, or build another zoo"
             )
