@@ -198,7 +198,7 @@ def test_the_speed_of_the_last_run_is_kept_and_gives_the_cost_of_more(toy: Toy, 
     shutil.copytree(toy.zoo_folder, out)
     whole = load_speed(out)
     assert whole is not None
-    assert (whole.heads, whole.workers, whole.device) == (36, 1, "cpu")
+    assert (whole.heads, whole.workers, whole.device) == (24, 1, "cpu")  # all but the first shard
     assert 0 < whole.seconds < 100
     (out / SHARDS[1]).unlink()
     build_zoo(toy.data, toy.preset, out)

@@ -63,8 +63,9 @@ class ZooSpeed:
     """How fast the task heads of a zoo were trained, in the last run that trained any.
 
     Attributes:
-        heads: trained in that run.
-        seconds: wall time from the first shard to the last, and of starting workers.
+        heads: how many were counted: of that run, all but the first shard of each worker, before which it has to
+            start; all where there were no more.
+        seconds: wall time that these took.
         workers: processes that trained them.
         device: torch device.
     """
@@ -133,14 +134,18 @@ def build_zoo(data: TaskData, preset: Preset, out: Path, device: str = "cpu", wo
     ]
     missing = [shard for shard in shards if not _is_whole(shard, preset)]
     heads = sum(len(shard.tasks) for shard in missing)
-    started = time.perf_counter()
+    counted, started = heads, time.perf_counter()
     with Progress() as progress:
         bar = progress.add_task("zoo heads", total=len(split.seen), completed=len(split.seen) - heads)
-        for shard, tensors in run_jobs(_train_shard, _ShardWork(here, preset, shared["universal"]), missing, workers):
+        work = _ShardWork(here, preset, shared["universal"])
+        for done, (shard, tensors) in enumerate(run_jobs(_train_shard, work, missing, workers), start=1):
             _save_tensors(tensors, shard.path)
             progress.update(bar, advance=len(shard.tasks))
+            heads -= len(shard.tasks)
+            if done == workers and heads:
+                counted, started = heads, time.perf_counter()
     if missing:
-        speed = ZooSpeed(heads, round(time.perf_counter() - started, 3), workers, device)
+        speed = ZooSpeed(counted, round(time.perf_counter() - started, 3), workers, device)
         with atomic_path(out / SPEED_FILE) as temporary:
             temporary.write_text(json.dumps(asdict(speed)) + "\n")
     return load_zoo(out)
