@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -58,6 +67,7 @@ class CheckpointConfig(BaseModel):
         classes: names the checkpoint was trained on.
         task_size: least and greatest number of classes it was trained on.
         text_encoder: where class embeddings come from.
+        condition_text: where the denoiser's condition comes from by class name, if not from class embeddings.
         backbone: name, preprocessing and feature size of the images' side.
         denoiser: size and variant of the network.
         schedule: noise schedule.
@@ -78,6 +88,7 @@ class CheckpointConfig(BaseModel):
     classes: tuple[str, ...] = ()
     task_size: tuple[int, int] = (8, 32)
     text_encoder: TextEncoderConfig
+    condition_text: TextEncoderConfig | None = None
     backbone: dict[str, Any] = {}
     denoiser: DenoiserConfig = DenoiserConfig()
     schedule: NoiseSchedule = NoiseSchedule()
@@ -96,6 +107,12 @@ class CheckpointConfig(BaseModel):
                 "differ: cosine logits compare head outputs with class embeddings"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_condition_text(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the field only where it is used: the hash of checkpoints that are older than it stays what it was."""
+        content: dict[str, Any] = serialise(self)
+        return {name: value for name, value in content.items() if (name, value) != ("condition_text", None)}
 
     @property
     def sha256(self) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 from text2weight.artifact import FORMAT, HeadArtifact
 from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from text2weight.condition import Condition, condition_on_classes, normalise_class_names, pad_embeddings
+from text2weight.descriptions import ConditionText, Descriptions, describe_classes
 from text2weight.enhancement import Start, check_fits, check_given, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.samplers import check_sampler, make_plan, take_steps
@@ -32,6 +33,8 @@ from text2weight.text_encoder import TextEncoder, load_text_encoder
 MAX_SEED = 2**63 - 1
 # A checkpoint's own text encoder lies in this folder of it.
 BUNDLED_TEXT_ENCODER = "text_encoder"
+# And so do the texts that its condition was made from, where they are others.
+BUNDLED_CONDITION_TEXT = "condition_text"
 MAX_GUIDANCE_SCALE = 20.0
 DEFAULT_STEPS = 20  # of a sampler that the checkpoint names no step count for
 
@@ -43,6 +46,13 @@ def created_by() -> str:
         return f"text2weight {version('text2weight')}"
     except PackageNotFoundError:
         return "text2weight"
+
+
+def _inside(checkpoint: Path, source: str) -> str:
+    """A text encoder's source, with a place inside the checkpoint made absolute."""
+    kind, _, place = source.partition(":")
+    inside = place.startswith((BUNDLED_TEXT_ENCODER, BUNDLED_CONDITION_TEXT))
+    return f"{kind}:{checkpoint / place}" if inside else source
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,8 @@ class GenerationRequest:
         strength: how far the given head is noised before it is denoised, as a share of the schedule. At 0 it comes
             back bit for bit; at 1 nothing is left of it, and the head is that of plain generation. `steps` calls are
             made at any strength between, or as many as there are timesteps below; "mean" makes its one call there.
+        condition_text: what the denoiser reads in place of `embeddings`, such as descriptions of the classes; None
+            for what the checkpoint was trained with.
     """
 
     classes: tuple[str, ...]
@@ -71,6 +83,7 @@ class GenerationRequest:
     guidance_scale: float = 1.0
     given: Tensor | None = None
     strength: float = 1.0
+    condition_text: ConditionText | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,8 @@ class Generator:
         self.text_encoder = text_encoder
         self.device = device
         self.path = checkpoint.path
+        described = checkpoint.config.condition_text
+        self._condition_encoder = load_text_encoder(_inside(self.path, described.source)) if described else None
         self._denoiser = checkpoint.denoiser.to(device).requires_grad_(False)
         self._space = checkpoint.space.to(device)
         self._space_on_cpu = checkpoint.space.to("cpu")
@@ -135,10 +150,7 @@ class Generator:
         """
         checkpoint = load_checkpoint(path)
         if text_encoder is None:
-            kind, _, place = checkpoint.config.text_encoder.source.partition(":")
-            if place.startswith(BUNDLED_TEXT_ENCODER):
-                place = str(checkpoint.path / place)
-            text_encoder = load_text_encoder(f"{kind}:{place}", device)
+            text_encoder = load_text_encoder(_inside(checkpoint.path, checkpoint.config.text_encoder.source), device)
         return cls(checkpoint, text_encoder, device)
 
     def generate(
@@ -149,6 +161,8 @@ class Generator:
         steps: int | None = None,
         sampler: str | None = None,
         guidance_scale: float = 1.0,
+        descriptions: Descriptions | None = None,
+        describe_classifier: bool = False,
     ) -> HeadArtifact:
         """Generate a head for class names.
 
@@ -158,11 +172,21 @@ class Generator:
             steps: denoiser calls; the checkpoint's default where not given.
             sampler: likewise.
             guidance_scale: see `GenerationRequest`.
+            descriptions: a text, or a list of texts to average, for each class: what the denoiser reads in place of
+                the names' prompts.
+            describe_classifier: make the artifact's class embeddings from the descriptions, too.
 
         Raises:
             InvalidInputError: `field` says which argument, the message what is allowed.
         """
-        return self.generate_batch([self._request(classes, seed, steps, sampler, guidance_scale)])[0]
+        request = self._request(classes, seed, steps, sampler, guidance_scale)
+        if descriptions is not None:
+            text = describe_classes(descriptions, request.classes, self.text_encoder, describe_classifier)
+            embeddings = text.embeddings if describe_classifier else request.embeddings
+            request = replace(request, embeddings=embeddings, condition_text=text)
+        elif describe_classifier:
+            raise InvalidInputError("descriptions", "describe_classifier needs descriptions: give one for each class")
+        return self.generate_batch([request])[0]
 
     def enhance(
         self,
@@ -241,6 +265,17 @@ class Generator:
         expected = (len(request.classes), self.config.denoiser.embedding_dim)
         if tuple(request.embeddings.shape) != expected:
             raise InvalidInputError("classes", f"embeddings are {tuple(request.embeddings.shape)}, expected {expected}")
+        read = tuple(self._condition_embeddings(request).shape)
+        if read != expected:
+            raise InvalidInputError("descriptions", f"embeddings of the condition are {read}, expected {expected}")
+
+    def _condition_embeddings(self, request: GenerationRequest) -> Tensor:
+        """What the denoiser reads, (K, D): the request's own choice, the checkpoint's texts, or class embeddings."""
+        if request.condition_text is not None:
+            return request.condition_text.embeddings
+        if self._condition_encoder is not None:
+            return self._condition_encoder.encode(request.classes)
+        return request.embeddings
 
     def _check_guidance(self, scale: float) -> None:
         if not 0 <= scale <= MAX_GUIDANCE_SCALE:  # not a number is refused too
@@ -274,7 +309,8 @@ class Generator:
         """
         for request in requests:
             self.check(request)
-        padded, mask = pad_embeddings([request.embeddings.float() for request in requests])  # (B, K, D), (B, K)
+        texts = [self._condition_embeddings(request).float() for request in requests]  # B of (K, D)
+        padded, mask = pad_embeddings(texts)  # (B, K, D), (B, K)
         condition = condition_on_classes(padded, mask)
         starts = [self._start(request) for request in requests]
         if self.config.denoiser.reads_given:
@@ -357,6 +393,12 @@ class Generator:
             metadata["guidance_scale"] = repr(float(request.guidance_scale))
         if request.given is not None:
             metadata["strength"] = repr(float(request.strength))
+        if request.condition_text is not None:
+            metadata["condition_text"] = request.condition_text.source
+            if request.condition_text.in_classifier:
+                metadata["class_text"] = request.condition_text.source
+        elif self._condition_encoder is not None:
+            metadata["condition_text"] = self._condition_encoder.name
         # A copy: the request's embeddings may sit in a cache that other requests read.
         embeddings = request.embeddings.to("cpu", torch.float32, copy=True)  # (K, D)
         return HeadArtifact(tensors, embeddings, metadata)

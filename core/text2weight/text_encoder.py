@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -122,12 +122,14 @@ class EmbeddingTable:
         embeddings: (n, D) fp32, L2-normalised.
         fingerprint: of the table as it lies in its file, since the last bits of normalised values differ
             between machines; "" for one that was not read from a file.
+        descriptions: of every name, where the embeddings are those of descriptions and the template is "{}".
     """
 
     template: str
     names: tuple[str, ...]
     embeddings: Tensor
     fingerprint: str = ""
+    descriptions: tuple[tuple[str, ...], ...] = ()
 
     @property
     def rows(self) -> dict[str, int]:
@@ -159,12 +161,14 @@ def read_embedding_table(source: str) -> EmbeddingTable:
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"embedding table {source} cannot be read: {error}") from error
     names, template = _check_description(source, description)
+    described = _check_descriptions(source, description.get("descriptions", []), len(names))
     embeddings = stored.float()  # (n, D)
     if embeddings.ndim != 2 or len(names) != len(embeddings):
         raise CheckpointError(f"embedding table {source} has {len(names)} names for a {tuple(embeddings.shape)} tensor")
     if not bool((torch.isfinite(embeddings).all(1) & embeddings.any(1)).all()):
         raise CheckpointError(f"embedding table {source} has rows that are zero or not finite")
-    return EmbeddingTable(template, names, F.normalize(embeddings, dim=-1), _table_fingerprint(template, names, stored))
+    fingerprint = _table_fingerprint(template, names, stored, described)
+    return EmbeddingTable(template, names, F.normalize(embeddings, dim=-1), fingerprint, described)
 
 
 def _check_description(source: str, description: object) -> tuple[tuple[str, ...], str]:
@@ -177,17 +181,33 @@ def _check_description(source: str, description: object) -> tuple[tuple[str, ...
     return tuple(names), template
 
 
-def _table_fingerprint(template: str, names: Sequence[str], embeddings: Tensor) -> str:
-    digest = hashlib.sha256(json.dumps([template, names]).encode())
+def _check_descriptions(source: str, value: object, count: int) -> tuple[tuple[str, ...], ...]:
+    rows: list[Any] = value if isinstance(value, list) else [value]
+    if rows and len(rows) != count:
+        raise CheckpointError(f"embedding table {source} has {len(rows)} descriptions for {count} names")
+    if not all(isinstance(row, list) and row and all(isinstance(text, str) for text in row) for row in rows):
+        raise CheckpointError(f"embedding table {source}: its descriptions must be a list of texts for each name")
+    return tuple(tuple(row) for row in rows)
+
+
+def _table_fingerprint(
+    template: str, names: Sequence[str], embeddings: Tensor, descriptions: Sequence[Sequence[str]] = ()
+) -> str:
+    described = [descriptions] if descriptions else []
+    digest = hashlib.sha256(json.dumps([template, names, *described]).encode())
     digest.update(_bytes_of(embeddings))
     return digest.hexdigest()
 
 
 def write_embedding_tables(path: str | Path, tables: Mapping[str, EmbeddingTable]) -> None:
-    """Write tables to one safetensors file: a tensor each, names and template as JSON metadata."""
+    """Write tables to one safetensors file: a tensor each; names, template and descriptions as JSON metadata."""
     tensors = {name: table.embeddings.contiguous() for name, table in tables.items()}
     metadata = {
-        name: json.dumps({"template": table.template, "names": list(table.names)}) for name, table in tables.items()
+        name: json.dumps(
+            {"template": table.template, "names": list(table.names)}
+            | ({"descriptions": table.descriptions} if table.descriptions else {})
+        )
+        for name, table in tables.items()
     }
     temporary = Path(f"{path}.tmp")
     save_file(tensors, temporary, metadata=metadata)
@@ -223,7 +243,9 @@ class TableTextEncoder:
         self._rows = {table.template.format(key): row for key, row in table.rows.items()}
         self.name = name
         self.embedding_dim = int(table.embeddings.shape[1])
-        self.fingerprint = table.fingerprint or _table_fingerprint(table.template, table.names, table.embeddings)
+        self.fingerprint = table.fingerprint or _table_fingerprint(
+            table.template, table.names, table.embeddings, table.descriptions
+        )
 
     @classmethod
     def from_file(cls, path: str | Path, table: str) -> TableTextEncoder:

@@ -12,6 +12,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from text2weight.descriptions import ConditionText
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
 from text2weight_service.embedding_cache import MemoryCache
@@ -51,7 +52,8 @@ class BatchRunner:
             embeddings = self._model.text_encoder.encode(self._model.prompts(classes))  # (K, D)
         except InvalidInputError:  # a table of embeddings need not hold these names
             embeddings = torch.eye(len(classes), self._model.text_encoder.embedding_dim)  # (K, D)
-        request = GenerationRequest(classes, embeddings, seed=0, steps=steps, sampler=sampler)
+        text = ConditionText(embeddings, "warm-up")  # nor need a checkpoint's own condition texts
+        request = GenerationRequest(classes, embeddings, 0, steps, sampler, condition_text=text)
         self._model.generate_batch([request])[0].to_bytes()
 
     def run(self, batch: Sequence[WorkItem]) -> bool:

@@ -75,10 +75,11 @@ def allowed_distributions(room: str) -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
     service, training = declared_distributions("service"), declared_distributions("training")
+    distributed = declared_distributions("distributed")
     return {
         "text2weight": (base | (service & training)) - NOT_FOR_CORE,
         "text2weight_service": base | service,
-        "text2weight_training": base | training,
+        "text2weight_training": base | training | distributed,
         "text2weight_client": base | {"torch"},  # torch: inside functions only, tested below
     }[room]
 

@@ -84,6 +84,11 @@ def test_distil_then_embed(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     table = read_embedding_table(output)
     assert table.names == ("bus", "owl")
+    (tmp_path / "d.json").write_text('{"bus": "lamp", "owl": ["apple", "lizard"]}')
+    described = f"{tmp_path}/e.safetensors#two.nl"
+    result = run(embed_app, "--descriptions", tmp_path / "d.json", "--model", f"dir:{tower}", "-o", described)
+    assert result.exit_code == 0, result.output
+    assert read_embedding_table(described).descriptions == (("lamp",), ("apple", "lizard"))
     torch.testing.assert_close(table.embeddings, load_text_encoder(f"dir:{tower}").encode(["a bus", "a owl"]))
     assert (table.embeddings * vectors[[1, 3]]).sum(1).min() > 0.9
     assert torch.equal(read_embedding_table(f"{tmp_path}/e.safetensors#few.a").embeddings, F.normalize(vectors, dim=-1))
@@ -100,6 +105,9 @@ def test_distil_then_embed(tmp_path: Path) -> None:
         (backbone_app, ["{pictures}", "-o", "b", "--epochs-sides", "32,big"], "whole numbers from 8 to 1024"),
         (embed_app, ["--names", "cat", "-o", "e.safetensors"], "give FILE#TABLE"),
         (embed_app, ["--names", "cat", "--model", "gpt", "-o", "e#t"], "text encoder 'gpt'"),
+        (embed_app, ["-o", "e#t"], "no class name to embed: give --names"),
+        (embed_app, ["--descriptions", "absent.json", "-o", "e#t"], "absent.json cannot be read"),
+        (embed_app, ["--descriptions", "d.json", "--template", "the", "-o", "e#t"], "--template belongs to --names"),
         (distill_text_app, ["--table", "absent#t", "-o", "t"], "absent#t cannot be read"),
     ],
 )

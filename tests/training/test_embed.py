@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from text2weight.errors import InvalidInputError
 from text2weight.text_encoder import TableTextEncoder, read_embedding_table
-from text2weight_training.embed import collect_names, embed, save_table
+from text2weight_training.embed import collect_descriptions, collect_names, embed, embed_descriptions, save_table
 from text2weight_training.files import TrainingDataError
 
 
@@ -44,6 +44,28 @@ def test_other_tables_of_the_file_stay(tmp_path: Path) -> None:
     assert read_embedding_table(f"{path}#one").names == ("owl",)
     assert read_embedding_table(f"{path}#two").template == "a photo of a {}"
     assert [entry.name for entry in tmp_path.iterdir()] == ["e.safetensors"]
+
+
+def test_descriptions_become_a_table_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text('{"maple_tree": "leaves", "Bus": ["a van", "a coach"]}')
+    described = collect_descriptions(tmp_path / "d.json")
+    save_table(tmp_path / "e.safetensors", "nl", embed_descriptions(described, LetterEncoder()))
+    save_table(tmp_path / "e.safetensors", "names", embed(("bus",), "a {}", LetterEncoder()))  # the first one stays
+    table = read_embedding_table(f"{tmp_path}/e.safetensors#nl")
+    assert (table.names, table.template) == (("maple tree", "Bus"), "{}")
+    assert table.descriptions == (("leaves",), ("a van", "a coach"))
+    mean = LetterEncoder().encode(["a van", "a coach"]).mean(0)
+    expected = torch.stack([LetterEncoder().encode(["leaves"])[0], mean / mean.norm()])
+    torch.testing.assert_close(table.embeddings, expected)
+
+
+def test_named_classes_must_be_the_described_ones(tmp_path: Path) -> None:
+    (tmp_path / "d.json").write_text('{"bus": "a van", "owl": "a bird"}')
+    assert list(collect_descriptions(tmp_path / "d.json", ("owl", "bus"))) == ["owl", "bus"]
+    with pytest.raises(InvalidInputError, match="no description of 'cat': describe every class"):
+        collect_descriptions(tmp_path / "d.json", ("owl", "cat"))
+    with pytest.raises(InvalidInputError, match="descriptions of 'bus', which are not among the classes"):
+        collect_descriptions(tmp_path / "d.json", ("owl",))
 
 
 def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:

@@ -178,11 +178,11 @@ def test_a_broken_gradient_stops_the_fit(toy: Toy, tmp_path: Path, monkeypatch: 
 
 def test_a_state_of_another_preset_or_other_data_is_refused(toy: Toy, tmp_path: Path) -> None:
     make_fit(toy, tmp_path / "state.pt").save()
-    with pytest.raises(TrainingDataError, match="belongs to another preset or other data: remove it"):
+    with pytest.raises(TrainingDataError, match="belongs to another preset, other data or condition texts: remove it"):
         make_fit(toy, tmp_path / "state.pt", fit__samples=31).resume()
     other = make_fit(toy, tmp_path / "state.pt")
     other._data = replace(toy.data, fingerprint="0")
-    with pytest.raises(TrainingDataError, match="another preset or other data"):
+    with pytest.raises(TrainingDataError, match="another preset, other data"):
         other.resume()
 
 

@@ -48,6 +48,7 @@ def test_zoo_fit_and_evaluate_one_after_the_other(toy: Toy, inputs: list[str], t
     made = run(zoo_app, *inputs, "--preset", write_preset(tmp_path / "p.yaml"), "--out", toy.zoo_folder)
     assert made.exit_code == 0, made.output
     assert "36 heads in" in made.output
+    assert re.search(r"heads per second with 1 worker\(s\); at this rate 1,000,000 heads would take", made.output)
     checkpoint, zoo = tmp_path / "checkpoint", toy.zoo_folder
     fitted = run(fit_app, "--zoo", zoo, *inputs, "--out", checkpoint)
     assert fitted.exit_code == 0, fitted.output

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 
 from tests.training.conftest import Toy, ToySuites
 from tests.training.toy import toy_table
+from text2weight.descriptions import ConditionText
 from text2weight.errors import CheckpointError
 from text2weight.generator import GenerationRequest
 from text2weight.text_encoder import EmbeddingTable, write_embedding_tables
+from text2weight_training.evaluate import task_requests
 from text2weight_training.files import TrainingDataError
 from text2weight_training.suites import reading
 from text2weight_training.suites.base import SuiteRun
@@ -100,6 +102,15 @@ def test_a_generator_that_ignores_its_text_shows_no_difference(
         place = whole.classes.index(missing.pop())
         rest = [i for i in range(len(whole.classes)) if i != place]
         assert torch.equal(fewer.embeddings, whole.embeddings[rest])
+
+
+def test_a_class_left_out_is_left_out_of_the_conditions_own_texts_too(toy: Toy) -> None:
+    (request,) = task_requests(toy.data, [(0, 4, 2)], "mean", 1)
+    rows = toy.data.embeddings[[5, 6, 7]]
+    fewer = reading._without(replace(request, condition_text=ConditionText(rows, "others")), 1)
+    assert fewer.condition_text is not None
+    assert torch.equal(fewer.condition_text.embeddings, rows[[0, 2]])
+    assert torch.equal(fewer.embeddings, toy.data.embeddings[[0, 2]])
 
 
 def test_without_a_task_of_three_classes_none_is_dropped(toy: Toy, suite_run: SuiteRun) -> None:

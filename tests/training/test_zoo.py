@@ -28,7 +28,7 @@ from text2weight_training.feature_file import write_feature_file
 from text2weight_training.files import TrainingDataError
 from text2weight_training.stacked import heads_accuracy
 from text2weight_training.tasks import PADDING, load_task_data
-from text2weight_training.zoo import build_zoo, check_zoo_fits, load_zoo
+from text2weight_training.zoo import ZooSpeed, build_zoo, check_zoo_fits, load_speed, load_zoo
 
 SHARDS = ("heads-00000.safetensors", "heads-00001.safetensors", "heads-00002.safetensors")
 FILES = ("manifest.json", "shared.safetensors", *SHARDS)
@@ -44,8 +44,8 @@ from text2weight_training.presets import load_preset
 from text2weight_training.tasks import load_task_data
 features, text, preset, out = sys.argv[1:]
 save_file = zoo.save_file
-def save(tensors, path):
-    save_file(tensors, path)
+def save(tensors, path, metadata):
+    save_file(tensors, path, metadata)
     if "heads-00001" in str(path):
         content = Path(path).read_bytes()
         Path(path).write_bytes(content[: len(content) // 2])
@@ -82,7 +82,7 @@ def assert_same_files(folder: Path, expected: Path) -> None:
 
 
 def test_layout(toy: Toy) -> None:
-    assert sorted(path.name for path in toy.zoo_folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in toy.zoo_folder.iterdir()) == sorted([*FILES, "speed.json"])
     manifest = json.loads((toy.zoo_folder / "manifest.json").read_text())
     assert manifest["format"] == "text2weight.zoo/1"
     assert (len(manifest["seen"]), len(manifest["unseen"])) == (36, 12)
@@ -137,6 +137,12 @@ def drop_a_tensor(path: Path) -> None:
     save_file(tensors, path)
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+
 def other_tasks(path: Path) -> None:
     shutil.copy(path.with_name(SHARDS[2]), path)
 
@@ -147,10 +153,12 @@ def other_tasks(path: Path) -> None:
         (SHARDS[1], truncate),
         (SHARDS[1], empty),
         (SHARDS[1], drop_a_tensor),
+        (SHARDS[1], flip_a_bit),
         (SHARDS[1], other_tasks),
         (SHARDS[2], Path.unlink),
         ("shared.safetensors", truncate),
         ("shared.safetensors", drop_a_tensor),
+        ("shared.safetensors", flip_a_bit),
     ],
 )
 def test_a_damaged_file_is_made_again(toy: Toy, tmp_path: Path, name: str, damage: Any) -> None:
@@ -164,11 +172,49 @@ def test_a_damaged_file_is_made_again(toy: Toy, tmp_path: Path, name: str, damag
     assert_same_files(out, toy.zoo_folder)
 
 
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_a_damaged_shard_is_named(toy: Toy, tmp_path: Path, damage: Any) -> None:
+    out = tmp_path / "zoo"
+    shutil.copytree(toy.zoo_folder, out)
+    damage(out / SHARDS[1])
+    with pytest.raises(TrainingDataError, match=r"heads-00001.safetensors is .*damaged.* run `t2w zoo` on the folder"):
+        load_zoo(out)
+
+
+def test_a_zoo_without_checksums_still_loads(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "zoo"
+    shutil.copytree(toy.zoo_folder, out)
+    for name in ("shared.safetensors", *SHARDS):
+        save_file(load_file(toy.zoo_folder / name), out / name)
+    (out / "speed.json").unlink()
+    assert torch.equal(load_zoo(out).weights, toy.zoo.weights)
+    monkeypatch.setattr(zoo_module, "train_stack", lambda *_: pytest.fail("trained again"))
+    build_zoo(toy.data, toy.preset, out)
+    assert load_speed(out) is None
+
+
+def test_the_speed_of_the_last_run_is_kept_and_gives_the_cost_of_more(toy: Toy, tmp_path: Path) -> None:
+    out = tmp_path / "zoo"
+    shutil.copytree(toy.zoo_folder, out)
+    whole = load_speed(out)
+    assert whole is not None
+    assert (whole.heads, whole.workers, whole.device) == (24, 1, "cpu")  # all but the first shard
+    assert 0 < whole.seconds < 100
+    (out / SHARDS[1]).unlink()
+    build_zoo(toy.data, toy.preset, out)
+    resumed = load_speed(out)
+    assert resumed is not None
+    assert resumed.heads == 12
+    speed = ZooSpeed(heads=100, seconds=50.0, workers=2, device="cpu")
+    assert speed.heads_per_second == 2
+    assert speed.cost(1_000_000, 16_912) == "1,000,000 heads would take 138.9 hours and 67.6 GB"
+
+
 def test_full_disk_leaves_nothing_half_written(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "zoo"
 
-    def no_space(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save_file(tensors, path)
+    def no_space(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata)
         if "heads-00001" in str(path):
             truncate(path)
             raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -255,7 +301,7 @@ def test_diverging_heads_leave_no_shard(tmp_path: Path) -> None:
     preset = toy_preset(
         zoo__heads={"steps": 2, "learning_rate": 1e38}, zoo__universal={"steps": 2}, zoo__base={"steps": 2}
     )
-    with pytest.raises(TrainingDataError, match="diverged"):
+    with pytest.raises(TrainingDataError, match=r"heads-00000.safetensors: .*diverged.*lower the learning rate"):
         build_zoo(toy_data(tmp_path), preset, tmp_path / "zoo")
     assert sorted(path.name for path in (tmp_path / "zoo").iterdir()) == ["manifest.json", "shared.safetensors"]
 
@@ -275,3 +321,8 @@ def test_folders_that_are_no_zoo(tmp_path: Path, content: str | None, message: s
 def test_data_of_a_zoo_is_checked_by_what_it_holds(toy: Toy) -> None:
     with pytest.raises(TrainingDataError, match="another template"):
         check_zoo_fits(toy.zoo, replace(toy.data, template="the {}"), toy.preset)
+    other = toy.data.backbone | {"name": "another net"}
+    with pytest.raises(TrainingDataError, match=r"another backbone \(.*'toy backbone'.* instead of .*'another net'"):
+        check_zoo_fits(toy.zoo, replace(toy.data, backbone=other), toy.preset)
+    with pytest.raises(TrainingDataError, match=r"another logit_scale .*: give the features, text and preset"):
+        check_zoo_fits(toy.zoo, toy.data, toy_preset(logit_scale=11.0))

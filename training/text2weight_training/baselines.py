@@ -31,8 +31,8 @@ Predictor = Callable[[tuple[int, ...], Tensor], Tensor]
 
 
 def pooled_text(data: TaskData, tasks: Tasks, center: Tensor) -> Tensor:
-    """Prior-attention vector of every task, (M, D), less a centre (D,) that all class embeddings share."""
-    embeddings, mask = task_embeddings(data.embeddings, pad_tasks(tasks))
+    """Prior-attention vector of every task's condition, (M, D), less a centre (D,) that all of them share."""
+    embeddings, mask = task_embeddings(data.condition_embeddings, pad_tasks(tasks))
     return prior_attention(embeddings, mask) - center
 
 
@@ -46,7 +46,7 @@ def class_indicators(data: TaskData, tasks: Tasks) -> Tensor:
 
 def text_similarity(data: TaskData, zoo: Zoo, tasks: Tasks) -> Tensor:
     """Cosine between the pooled texts of tasks and of the zoo's tasks, (M, n)."""
-    center = training_center(data.embeddings, zoo.split)
+    center = training_center(data.condition_embeddings, zoo.split)
     here = F.normalize(pooled_text(data, tasks, center), dim=-1)  # (M, D)
     there = F.normalize(pooled_text(data, zoo.split.seen, center), dim=-1)  # (n, D)
     return here @ there.T

@@ -145,25 +145,41 @@ def _sides(text: str) -> tuple[int, ...]:
 @one_line_errors
 def embed_command(
     output: Annotated[str, typer.Option("--output", "-o", help="FILE#TABLE; the file's other tables stay")],
-    names: Annotated[list[str], typer.Option(help="a class name, or a text file with one per line; may be repeated")],
-    template: Annotated[str, typer.Option(help="prompt with {} for the name")] = "a {}",
+    names: Annotated[
+        list[str] | None, typer.Option(help="a class name, or a text file with one per line; may be repeated")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="prompt with {} for the name; a {} if not given")] = None,
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(help='JSON file {"name": "description" or list of them, ...} to embed in place of prompts'),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="open_clip:ARCHITECTURE/TAG, or dir:PATH of a local open_clip folder")
     ] = "open_clip:ViT-B-32/openai",
     device: Device = "cpu",
 ) -> None:
-    """Embed class names with a text encoder into a table that training and service read.
+    """Embed class names, or descriptions of them, into a table that training and service read.
 
     Example: t2w embed --names names.txt --template "a {}" -o embeddings.safetensors#names.a
+
+    Descriptions: t2w embed --descriptions birds.json -o embeddings.safetensors#names.described
     """
     from text2weight.text_encoder import load_text_encoder
-    from text2weight_training.embed import collect_names, embed, save_table
+    from text2weight_training.embed import collect_descriptions, collect_names, embed, embed_descriptions, save_table
     from text2weight_training.files import TrainingDataError
 
     path, _, table_name = output.partition("#")
     if not path or not table_name:
         raise TrainingDataError(f"--output {output!r}: give FILE#TABLE, like embeddings.safetensors#names.a")
-    table = embed(collect_names(names), template, load_text_encoder(model, check_device(device)))
+    if descriptions is not None and template is not None:
+        raise TrainingDataError("--template belongs to --names alone: descriptions stand for themselves")
+    chosen = collect_names(names or []) if names or descriptions is None else ()
+    described = collect_descriptions(descriptions, chosen) if descriptions is not None else {}
+    encoder = load_text_encoder(model, check_device(device))
+    if described:
+        table = embed_descriptions(described, encoder)
+    else:
+        table = embed(chosen, "a {}" if template is None else template, encoder)
     save_table(Path(path), table_name, table)
     print(f"{output}: {len(table.names)} names, {table.embeddings.shape[1]} numbers each")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from text2weight.condition import normalise_class_names
+from text2weight.descriptions import embed_descriptions as embed_texts
+from text2weight.descriptions import match_descriptions, read_descriptions
 from text2weight.text_encoder import (
     EmbeddingTable,
     TextEncoder,
@@ -31,7 +33,9 @@ def collect_names(values: Sequence[str]) -> tuple[str, ...]:
         for name in _lines(Path(value)) if Path(value).is_file() else [value]:
             names.setdefault(" ".join(name.replace("_", " ").split()).casefold(), name)
     if not names:
-        raise TrainingDataError("no class name to embed: give names, or a file with one name per line")
+        raise TrainingDataError(
+            "no class name to embed: give --names, with names or a file with one per line, or --descriptions"
+        )
     return normalise_class_names(list(names.values()), minimum=1, maximum=len(names))
 
 
@@ -57,6 +61,32 @@ def embed(names: Sequence[str], template: str, encoder: TextEncoder) -> Embeddin
         raise TrainingDataError(f"template {template!r} must hold exactly one {{}} for the class name, like 'a {{}}'")
     vectors = encoder.encode([template.format(name) for name in names])  # (n, D)
     return EmbeddingTable(template, tuple(names), vectors)
+
+
+def collect_descriptions(path: Path, names: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """The descriptions of n classes from a JSON file, see `read_descriptions`.
+
+    Args:
+        path: the file.
+        names: classes that it must describe, these and no others; empty for all that it describes.
+
+    Raises:
+        InvalidInputError: the file cannot be used, lacks a class or describes others.
+    """
+    described = read_descriptions(path)
+    if not names:
+        return described
+    return dict(zip(names, match_descriptions(described, names), strict=True))
+
+
+def embed_descriptions(described: Mapping[str, tuple[str, ...]], encoder: TextEncoder) -> EmbeddingTable:
+    """Embed descriptions of n classes, those of one class averaged.
+
+    Returns:
+        a table that says so: its template is "{}", and it holds the descriptions.
+    """
+    texts = tuple(described.values())
+    return EmbeddingTable("{}", tuple(described), embed_texts(texts, encoder), descriptions=texts)
 
 
 def save_table(path: Path, table_name: str, table: EmbeddingTable) -> None:

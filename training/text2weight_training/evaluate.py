@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from text2weight.descriptions import ConditionText
 from text2weight.generator import GenerationRequest, Generator, created_by
 from text2weight.text_encoder import load_text_encoder
 from text2weight_training.baselines import (
@@ -117,12 +119,19 @@ def load_generator(checkpoint: Path, data: TaskData, zoo: Zoo, preset: Preset) -
     """Load a checkpoint, with the text encoder that the data's embeddings were made with.
 
     Raises:
-        TrainingDataError: it was trained on other classes or another template, or makes heads of another kind.
+        TrainingDataError: it was trained on other classes, another template or other condition texts, or makes heads
+            of another kind.
         CheckpointError: it is missing, damaged or of another text encoder.
     """
     generator = Generator.load(checkpoint, text_encoder=load_text_encoder(data.text_source))
     if generator.config.classes != training_class_names(data, zoo.split) or generator.config.template != data.template:
         raise TrainingDataError(f"checkpoint {checkpoint} was trained on other class names or another template")
+    described = generator.config.condition_text
+    if (described.fingerprint if described else "") != data.condition_fingerprint:
+        trained = f"the texts of {described.name}" if described else "the class embeddings"
+        raise TrainingDataError(
+            f"the condition of checkpoint {checkpoint} was made from {trained}: give the same --condition-text, or none"
+        )
     made, wanted = generator.config.head.model_dump(), preset.head.model_dump()
     differing = [f"{key} {made[key]} instead of {wanted[key]}" for key in made if made[key] != wanted[key]]
     if differing:
@@ -132,7 +141,7 @@ def load_generator(checkpoint: Path, data: TaskData, zoo: Zoo, preset: Preset) -
 
 def baseline_heads(data: TaskData, zoo: Zoo, tasks: list[tuple[int, ...]]) -> dict[str, Tensor]:
     """Heads that need no denoiser and no training beyond the zoo: per method (P,) for all tasks, or (M, P)."""
-    seen, center = zoo.split.seen, training_center(data.embeddings, zoo.split)
+    seen, center = zoo.split.seen, training_center(data.condition_embeddings, zoo.split)
     return {
         "base": zoo.base,
         "nearest zoo head": nearest_heads(data, zoo, tasks),
@@ -153,12 +162,19 @@ def generate_heads(
 def task_requests(
     data: TaskData, tasks: Sequence[tuple[int, ...]], sampler: str, steps: int, seed: int = 0
 ) -> list[GenerationRequest]:
-    """One request per task, of its classes' own names; task i uses seed + i."""
-    return [
+    """One request per task, of its classes' own names or condition texts; task i uses seed + i."""
+    requests = [
         GenerationRequest(
             tuple(data.classes[label] for label in task), data.embeddings[list(task)], seed + i, steps, sampler
         )
         for i, task in enumerate(tasks)
+    ]
+    if data.condition_texts is None:
+        return requests
+    rows, source = data.condition_embeddings, data.condition_texts.name
+    return [
+        replace(request, condition_text=ConditionText(rows[list(task)], source))
+        for request, task in zip(requests, tasks, strict=True)
     ]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
 from text2weight.denoiser import Denoiser
-from text2weight.generator import BUNDLED_TEXT_ENCODER, created_by
+from text2weight.generator import BUNDLED_CONDITION_TEXT, BUNDLED_TEXT_ENCODER, created_by
 from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
 from text2weight_training.adversary import Adversary
@@ -39,7 +39,7 @@ from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center, training_class_names
 from text2weight_training.stacked import cosine_decay
 from text2weight_training.symmetry import draw_orders, permute_each
-from text2weight_training.tasks import PADDING, TaskData, TaskSplit, pad_tasks
+from text2weight_training.tasks import PADDING, ConditionTexts, TaskData, TaskSplit, pad_tasks
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
 
@@ -105,7 +105,7 @@ class Fit:
         self._zoo_clean = self.space.standardise(zoo.weights).to(target)  # (n, P)
         self._starts = self.space.standardise(torch.stack([zoo.universal, zoo.base])).to(target)  # (2, P)
         torch.manual_seed(preset.seed)
-        center = training_center(data.embeddings, zoo.split)  # (D,)
+        center = training_center(data.condition_embeddings, zoo.split)  # (D,)
         self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, center)
         self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, center).to(target)
         self.average.load_state_dict(self.denoiser.state_dict())
@@ -214,8 +214,15 @@ class Fit:
             ).to(device)
             tasks = _stack_tasks(tasks, drawn)  # (B, K), zoo items first
         samples = settings.samples if settings.task_weight else 0
+        data = self._data
         batch = make_task_batch(
-            tasks, self._data.embeddings, self._features, samples, generator, settings.feature_dropout
+            tasks,
+            data.embeddings,
+            data.condition_embeddings,
+            self._features,
+            samples,
+            generator,
+            settings.feature_dropout,
         )
         start = torch.randn(fresh, clean.shape[1], generator=generator).to(device)  # (b, P)
         noise = torch.randn(len(tasks), clean.shape[1], generator=generator).to(device)  # (B, P)
@@ -285,6 +292,7 @@ class Fit:
         state: dict[str, Any] = {
             "preset": self.preset.run_description(),
             "data": self._data.fingerprint,
+            "condition_text": self._data.condition_fingerprint,
             "step": self.state.step,
             "seconds": self.state.seconds,
             "denoiser": self.denoiser.state_dict(),
@@ -312,12 +320,13 @@ class Fit:
             return False
         try:
             state = torch.load(self._state_file, map_location="cpu", weights_only=True)
-            origin = state["preset"], state["data"]
+            # States that are older than condition texts lack the key, and had none.
+            origin = state["preset"], state["data"], state.get("condition_text", "")
         except Exception as error:  # torch raises many kinds for a damaged file
             raise TrainingDataError(f"{self._state_file} is damaged ({error}): remove it to start anew") from error
-        if origin != (self.preset.run_description(), self._data.fingerprint):
+        if origin != (self.preset.run_description(), self._data.fingerprint, self._data.condition_fingerprint):
             raise TrainingDataError(
-                f"{self._state_file} belongs to another preset or other data: remove it to start anew"
+                f"{self._state_file} belongs to another preset, other data or condition texts: remove it to start anew"
             )
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
@@ -330,7 +339,7 @@ class Fit:
     def write_checkpoint(self, out: Path, backbone: Path | None = None) -> None:
         """Write the averaged denoiser as a checkpoint directory.
 
-        A local text encoder and a backbone folder are copied in, so the checkpoint needs nothing else.
+        A local text encoder, condition texts and a backbone folder are copied in, so the checkpoint needs nothing else.
 
         Args:
             out: the checkpoint directory.
@@ -339,12 +348,15 @@ class Fit:
         if not self._accelerator.is_main_process:
             return
         with TemporaryDirectory() as scratch:
-            source, parts = _text_encoder_part(self._data.text_source, Path(scratch))
+            source, parts = _text_encoder_part(self._data.text_source, Path(scratch) / "text")
+            condition, texts = _condition_text_part(self._data.condition_texts, Path(scratch) / "condition")
+            parts |= texts
             if backbone is not None:
                 parts["backbone"] = backbone
-            save_checkpoint(out, self._checkpoint_config(source), self.average, self.space, parts)
+            config = self._checkpoint_config(source, condition)
+            save_checkpoint(out, config, self.average, self.space, parts)
 
-    def _checkpoint_config(self, text_source: str) -> CheckpointConfig:
+    def _checkpoint_config(self, text_source: str, condition: TextEncoderConfig | None) -> CheckpointConfig:
         data, preset = self._data, self.preset
         encoder = load_text_encoder(data.text_source)
         return CheckpointConfig(
@@ -355,6 +367,7 @@ class Fit:
             classes=training_class_names(data, self._split),
             task_size=preset.fit.fresh_task_size if preset.fit.fresh_items else preset.zoo.task_size,
             text_encoder=TextEncoderConfig(source=text_source, name=encoder.name, fingerprint=encoder.fingerprint),
+            condition_text=condition,
             backbone=dict(data.backbone),
             denoiser=preset.denoiser,
             schedule=preset.schedule,
@@ -373,9 +386,24 @@ def _text_encoder_part(source: str, scratch: Path) -> tuple[str, dict[str, Path]
     if kind == "dir":
         return f"dir:{BUNDLED_TEXT_ENCODER}", {BUNDLED_TEXT_ENCODER: Path(place)}
     if kind == "table":
-        table = copy_embedding_table(place, scratch / "table.safetensors")
-        return f"table:{BUNDLED_TEXT_ENCODER}/table.safetensors#{table}", {BUNDLED_TEXT_ENCODER: scratch}
+        return _bundle_table(place, BUNDLED_TEXT_ENCODER, scratch)
     return source, {}
+
+
+def _condition_text_part(
+    texts: ConditionTexts | None, scratch: Path
+) -> tuple[TextEncoderConfig | None, dict[str, Path]]:
+    """What a checkpoint says of its condition texts, and the folder to copy into it; nothing where it has none."""
+    if texts is None:
+        return None, {}
+    source, parts = _bundle_table(texts.source, BUNDLED_CONDITION_TEXT, scratch)
+    return TextEncoderConfig(source=source, name=texts.name, fingerprint=texts.fingerprint), parts
+
+
+def _bundle_table(place: str, part: str, scratch: Path) -> tuple[str, dict[str, Path]]:
+    scratch.mkdir()
+    table = copy_embedding_table(place, scratch / "table.safetensors")
+    return f"table:{part}/table.safetensors#{table}", {part: scratch}
 
 
 def learning_rate_factor(done: float, warmup: float) -> float:

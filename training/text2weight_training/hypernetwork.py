@@ -55,8 +55,8 @@ def matching_width(input_dim: int, output_dim: int, parameters: int) -> int:
 
 
 def describe_tasks(data: TaskData, tasks: Sequence[tuple[int, ...]], center: Tensor) -> Tensor:
-    """Pooled text and mean of the class embeddings, both less a centre (D,): (M, 2D)."""
-    text, mask = task_embeddings(data.embeddings, pad_tasks(tasks))  # (M, K, D), (M, K)
+    """Pooled and mean text of the condition, both less a centre (D,): (M, 2D)."""
+    text, mask = task_embeddings(data.condition_embeddings, pad_tasks(tasks))  # (M, K, D), (M, K)
     mean = text.sum(1) / mask.sum(1, keepdim=True)  # (M, D)
     return torch.cat([prior_attention(text, mask) - center, mean - center], dim=1)
 
@@ -89,7 +89,7 @@ def train_hypernetwork(
     """
     if len(zoo.weights) < 2:
         raise TrainingDataError("a hypernetwork needs at least 2 zoo heads: raise zoo.tasks")
-    center = training_center(data.embeddings, zoo.split)
+    center = training_center(data.condition_embeddings, zoo.split)
     inputs = describe_tasks(data, zoo.split.seen, center)  # (n, 2D)
     scale = inputs.std().clamp(min=1e-8)
     inputs, targets = inputs / scale, space.standardise(zoo.weights)  # (n, 2D), (n, P)

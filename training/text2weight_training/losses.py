@@ -56,17 +56,22 @@ class TaskBatch:
 def make_task_batch(
     tasks: Tensor,
     embeddings: Tensor,
+    condition_embeddings: Tensor,
     features: ClassFeatures,
     samples: int,
     generator: torch.Generator,
     feature_dropout: float = 0.0,
 ) -> TaskBatch:
-    """Gather embeddings (C, D) and draw feature samples for tasks (B, K), a share of their numbers dropped."""
+    """Gather what tasks (B, K) are scored against and conditioned on, both (C, D), and draw feature samples.
+
+    `feature_dropout` is the share of the samples' numbers that are dropped.
+    """
     text, mask = task_embeddings(embeddings, tasks)
+    read, _ = task_embeddings(condition_embeddings, tasks)
     drawn, targets = features.sample(tasks, samples, generator)  # (B, n, d), (B, n)
     if feature_dropout:
         drop_features(drawn, feature_dropout, generator)
-    return TaskBatch(condition_on_classes(text, mask), text, mask, drawn, targets)
+    return TaskBatch(condition_on_classes(read, mask), text, mask, drawn, targets)
 
 
 def drop_features(features: Tensor, share: float, generator: torch.Generator) -> None:

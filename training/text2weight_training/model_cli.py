@@ -25,6 +25,12 @@ train_app = typer.Typer(add_completion=False)
 Features = Annotated[list[Path], typer.Option(help="feature file; repeat it for several datasets of one backbone")]
 Text = Annotated[str, typer.Option(help="class embeddings: FILE#TABLE, or a text encoder dir:PATH, open_clip:ARCH/TAG")]
 Template = Annotated[str, typer.Option(help="prompt for a text encoder, {} for the name; a table brings its own")]
+ConditionText = Annotated[
+    str | None,
+    typer.Option(
+        help="FILE#TABLE of what the denoiser reads in place of --text, such as descriptions; heads keep --text"
+    ),
+]
 PresetName = Annotated[str, typer.Option("--preset", help="preset name or path of a .yaml file")]
 Device = Annotated[str, typer.Option(help="torch device: cpu or cuda")]
 Minutes = Annotated[float | None, typer.Option(min=0.01, help="time limit of the fit, instead of the preset's steps")]
@@ -40,17 +46,26 @@ def zoo_command(
     preset: PresetName = "small",
     template: Template = "a {}",
     device: Device = "cpu",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="processes, by Ray (extra: distributed); on the machines of RAY_ADDRESS, if it is set"
+        ),
+    ] = 1,
 ) -> None:
     """Train the zoo: a universal head and thousands of task heads, in stacks.
 
     Example: t2w zoo --features cifar100.safetensors --text text.safetensors#cifar100.a --out runs/a/zoo
     """
-    from text2weight_training.zoo import build_zoo
+    from text2weight_training.zoo import build_zoo, load_speed
 
     device = check_device(device)
     data, settings = _load(features, text, template, preset)
-    zoo = build_zoo(data, settings, out, device)
+    zoo = build_zoo(data, settings, out, device, workers)
     typer.echo(f"{len(zoo.weights)} heads in {out}, mean test accuracy {float(zoo.accuracy.mean()):.3f}")
+    if (speed := load_speed(out)) is not None:
+        cost = speed.cost(1_000_000, settings.head.num_parameters)
+        typer.echo(f"{speed.heads_per_second:.3g} heads per second with {speed.workers} worker(s); at this rate {cost}")
 
 
 @fit_app.command("fit")
@@ -62,6 +77,7 @@ def fit_command(
     out: Annotated[Path, typer.Option(help="checkpoint directory to write")],
     preset: PresetName = "small",
     minutes: Minutes = None,
+    condition_text: ConditionText = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state of this --out")] = False,
     template: Template = "a {}",
     backbone: BackboneFolder = None,
@@ -76,7 +92,7 @@ def fit_command(
     from text2weight_training.zoo import load_zoo
 
     device = check_device(device)
-    data, settings = _load(features, text, template, preset)
+    data, settings = _load(features, text, template, preset, condition_text)
     fit = Fit(data, load_zoo(zoo), settings, out.with_name(f"{out.name}-state.pt"), device)
     if resume and not fit.resume():
         typer.echo(f"no saved state for {out}: starting anew")
@@ -95,6 +111,7 @@ def evaluate_command(
     out: Annotated[Path, typer.Option(help="evaluation.json to write; with --suite a folder. Plots go beside it")],
     preset: PresetName = "small",
     template: Template = "a {}",
+    condition_text: ConditionText = None,
     record: Annotated[bool, typer.Option("--record", help="also put the results into the checkpoint's config")] = False,
     suite: Annotated[
         list[str] | None, typer.Option(help="measure this suite instead, into OUT/NAME.json; repeatable; or all")
@@ -128,7 +145,7 @@ def evaluate_command(
         raise typer.BadParameter("--paraphrase belongs to --suite reading")
     if (images or backbone) and "gradcam" not in chosen:
         raise typer.BadParameter("--images and --backbone belong to --suite gradcam")
-    data, settings = _load(features, text, template, preset)
+    data, settings = _load(features, text, template, preset, condition_text)
     if chosen:
         settings = with_pictures(with_paraphrases(settings, paraphrase or []), images, backbone)
         _evaluate_suites(chosen, data, zoo, checkpoint, settings, out)
@@ -174,6 +191,7 @@ def train_command(
     preset: PresetName = "small",
     minutes: Minutes = None,
     template: Template = "a {}",
+    condition_text: ConditionText = None,
     backbone: BackboneFolder = None,
     device: Device = "cpu",
 ) -> None:
@@ -185,14 +203,16 @@ def train_command(
     from text2weight_training.train import train
 
     device = check_device(device)
-    data, settings = _load(features, text, template, preset)
+    data, settings = _load(features, text, template, preset, condition_text)
     train(data, settings, out, minutes, device, backbone)
     typer.echo(f"checkpoint in {out / 'checkpoint'}, results in {out / 'evaluation.json'}")
 
 
-def _load(features: list[Path], text: str, template: str, preset: str) -> tuple[TaskData, Preset]:
+def _load(
+    features: list[Path], text: str, template: str, preset: str, condition_text: str | None = None
+) -> tuple[TaskData, Preset]:
     from text2weight_training.presets import load_preset
     from text2weight_training.tasks import load_task_data
 
     settings = load_preset(preset)
-    return load_task_data(features, text, template), settings
+    return load_task_data(features, text, template, condition_text), settings

@@ -84,18 +84,37 @@ class ClassFeatures:
 
 
 @dataclass(frozen=True)
+class ConditionTexts:
+    """Texts that the denoiser's condition is made from in place of the class embeddings.
+
+    Attributes:
+        embeddings: (C, D) L2-normalised, one row for each class.
+        source: the embedding table they come from, "FILE#TABLE".
+        name: what a person calls it.
+        fingerprint: of the table.
+    """
+
+    embeddings: Tensor
+    source: str
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class TaskData:
     """Everything tasks are made of.
 
     Attributes:
         classes: C names.
-        embeddings: (C, D) L2-normalised text embeddings of the classes' prompts.
+        embeddings: (C, D) L2-normalised text embeddings of the classes' prompts, which heads are scored against.
         template: the prompt template they were made with.
         text_source: what `load_text_encoder` takes to make more of them.
         train: features that heads and the denoiser may learn from.
         test: features that only evaluation sees.
         backbone: name and preprocessing of the features.
         fingerprint: hash of all of the above.
+        condition_texts: what the denoiser reads in place of `embeddings`, if anything. No part of the fingerprint:
+            heads, and so zoos, do not depend on it.
     """
 
     classes: tuple[str, ...]
@@ -106,6 +125,17 @@ class TaskData:
     test: ClassFeatures
     backbone: dict[str, str]
     fingerprint: str
+    condition_texts: ConditionTexts | None = None
+
+    @property
+    def condition_embeddings(self) -> Tensor:
+        """(C, D) what the denoiser's condition is made from; the class embeddings themselves by default."""
+        return self.embeddings if self.condition_texts is None else self.condition_texts.embeddings
+
+    @property
+    def condition_fingerprint(self) -> str:
+        """Identifies the condition's texts; "" where they are the class embeddings."""
+        return "" if self.condition_texts is None else self.condition_texts.fingerprint
 
     @property
     def feature_dim(self) -> int:
@@ -114,24 +144,34 @@ class TaskData:
 
     def to(self, device: torch.device | str) -> TaskData:
         """Copy the tensors to a device."""
+        texts = self.condition_texts
         return replace(
-            self, embeddings=self.embeddings.to(device), train=self.train.to(device), test=self.test.to(device)
+            self,
+            embeddings=self.embeddings.to(device),
+            train=self.train.to(device),
+            test=self.test.to(device),
+            condition_texts=texts and replace(texts, embeddings=texts.embeddings.to(device)),
         )
 
 
-def load_task_data(features: Sequence[Path], text: str, template: str = "a {}") -> TaskData:
+def load_task_data(
+    features: Sequence[Path], text: str, template: str = "a {}", condition_text: str | None = None
+) -> TaskData:
     """Join feature files and text embeddings by class name.
 
     Args:
         features: one or more feature files of the same backbone.
         text: "FILE#TABLE", or a text encoder as `load_text_encoder` takes it.
         template: prompt for a text encoder; a table brings its own.
+        condition_text: "FILE#TABLE" of what the denoiser reads in place of the class embeddings, such as a table of
+            descriptions; None for the class embeddings.
 
     Warns:
         UserWarning: classes that a table has no embedding for are left out; classes share an embedding.
 
     Raises:
-        TrainingDataError: a file cannot be used, names repeat, or fewer than two classes have an embedding.
+        TrainingDataError: a file cannot be used, names repeat, fewer than two classes have an embedding, or the
+            condition's table lacks one of those that have.
         CheckpointError: the table or text encoder cannot be read.
     """
     file = merge_feature_files([read_feature_file(path) for path in features])
@@ -156,7 +196,37 @@ def load_task_data(features: Sequence[Path], text: str, template: str = "a {}") 
     for tensor in (embeddings, train.features, train.starts, test.features, test.starts):
         digest.update(tensor.contiguous().numpy().tobytes())
     backbone = {"name": file.backbone, "preprocess": file.preprocess, "feature_dim": str(file.dim)}
-    return TaskData(classes, embeddings, template, source, train, test, backbone, digest.hexdigest())
+    texts = None if condition_text is None else _read_condition_texts(condition_text, classes, embeddings.shape[1])
+    return TaskData(classes, embeddings, template, source, train, test, backbone, digest.hexdigest(), texts)
+
+
+def _read_condition_texts(source: str, classes: Sequence[str], size: int) -> ConditionTexts:
+    source = source.removeprefix("table:")
+    if source.startswith(("dir:", "open_clip:")):
+        raise TrainingDataError(
+            f"condition text {source}: give a table, FILE#TABLE; `t2w embed --descriptions` makes one"
+        )
+    table = read_embedding_table(source)
+    rows = table.rows
+    missing = [name for name in classes if name.casefold() not in rows]
+    if missing:
+        raise TrainingDataError(
+            f"condition text {source} has nothing for {len(missing)} of {len(classes)} classes: {_shown(missing)}; "
+            "add them and run `t2w embed` again"
+        )
+    if table.embeddings.shape[1] != size:
+        raise TrainingDataError(
+            f"condition text {source} has {table.embeddings.shape[1]} numbers per text, the class embeddings {size}: "
+            "embed both with one text encoder"
+        )
+    embeddings = table.embeddings[[rows[name.casefold()] for name in classes]]  # (C, D)
+    _warn_of_equal_embeddings(classes, embeddings)
+    file, _, name = source.partition("#")
+    return ConditionTexts(embeddings, source, f"table:{name or Path(file).stem}", table.fingerprint)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
 
 
 def _check_distinct(names: Sequence[str]) -> None:
@@ -177,8 +247,7 @@ def _match_names(names: Sequence[str], table: EmbeddingTable, source: str) -> li
             f"name another table, or make one with `t2w embed`"
         )
     if missing:
-        shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
-        warnings.warn(f"{len(missing)} classes have no embedding and are left out: {shown}", stacklevel=3)
+        warnings.warn(f"{len(missing)} classes have no embedding and are left out: {_shown(missing)}", stacklevel=3)
     return kept
 
 

@@ -81,6 +81,7 @@ def _claim(out: Path, data: TaskData, preset: Preset, minutes: float | None, bac
         "preset": preset.run_description(),
         "minutes": minutes,
         "backbone": None if backbone is None else str(backbone.resolve()),
+        "condition_text": data.condition_fingerprint or None,
     }
     note = out / "run.json"
     if not note.exists() and (out / "checkpoint").exists():

@@ -14,7 +14,7 @@ import torch
 from text2weight.generator import DenoiserCall
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import GENERATION_BATCH, task_requests
-from text2weight_training.suites.base import SuiteRun, Task, method_name, take_tasks, task_accuracy
+from text2weight_training.suites.base import SuiteRun, Task, method_name, own_accuracy, take_tasks, task_accuracy
 from text2weight_training.suites.figures import new_figure, plot_band, save_figure
 from text2weight_training.suites.tables import markdown_table, percent, points
 
@@ -36,7 +36,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
     settings = run.preset.suites.denoising
     tasks = take_tasks(run.zoo.split.unseen, settings.tasks, "suites.denoising.tasks", "unseen")
     bootstrap = PairedBootstrap(len(tasks), settings.bootstrap, run.preset.seed)
-    universal = np.array([float(task_accuracy(run, run.zoo.universal[None], task)) for task in tasks])
+    universal = own_accuracy(run, tasks, run.zoo.universal.expand(len(tasks), -1))
     curves, gains = {}, {}
     for sampler, steps in settings.samplers:
         timesteps, samples, estimates = _trace(run, tasks, sampler, steps)

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from text2weight.descriptions import ConditionText
 from text2weight.generator import GenerationRequest
 from text2weight.text_encoder import read_embedding_table
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_from_requests, task_requests
 from text2weight_training.files import TrainingDataError
-from text2weight_training.suites.base import SuiteRun, Task, method_name, take_tasks, task_accuracy, task_hits
+from text2weight_training.suites.base import SuiteRun, Task, method_name, own_accuracy, take_tasks, task_hits
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.settings import table_name
 from text2weight_training.suites.tables import markdown_table, percent, points
@@ -56,7 +57,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
     texts = wrong_texts(tasks, len(run.data.classes), run.preset.seed)
     result: dict[str, Any] = {
         "tasks": len(tasks),
-        "universal": bootstrap.summary(_accuracy(run, run.zoo.universal.expand(len(tasks), -1), tasks)),
+        "universal": bootstrap.summary(own_accuracy(run, tasks, run.zoo.universal.expand(len(tasks), -1))),
         "shared_classes": {name: _shared(tasks, named) for name, named in texts.items() if name != REORDERED},
         "samplers": {
             method_name(sampler, steps): _measure(run, tasks, texts, tables, bootstrap, sampler, steps)
@@ -119,11 +120,11 @@ def _measure(
 ) -> dict[str, Any]:
     requests = task_requests(run.data, tasks, sampler, steps, run.preset.seed)
     heads = generate_from_requests(run.generator, requests)  # (M, P)
-    right = _accuracy(run, heads, tasks)
+    right = own_accuracy(run, tasks, heads)
     measured = {RIGHT: {"accuracy": bootstrap.summary(right)}}
     for name, named in texts.items():
         wrong = generate_from_requests(run.generator, task_requests(run.data, named, sampler, steps, run.preset.seed))
-        values = _accuracy(run, wrong, tasks)
+        values = own_accuracy(run, tasks, wrong)
         measured[name] = {"accuracy": bootstrap.summary(values), "difference": bootstrap.summary(values - right)}
     return {
         "texts": measured,
@@ -132,11 +133,6 @@ def _measure(
             name: _measure_paraphrase(run, tasks, table, name, sampler, steps) for name, table in tables.items()
         },
     }
-
-
-def _accuracy(run: SuiteRun, heads: Tensor, tasks: Sequence[Task]) -> np.ndarray:
-    """Accuracy of head i (M, P) on task i: (M,)."""
-    return np.array([float(task_accuracy(run, head[None], task)) for head, task in zip(heads, tasks, strict=True)])
 
 
 def _measure_dropped(
@@ -174,8 +170,12 @@ def _compared(bootstrap: PairedBootstrap, named: np.ndarray, left_out: np.ndarra
 
 def _without(request: GenerationRequest, place: int) -> GenerationRequest:
     rest = [i for i in range(len(request.classes)) if i != place]
+    text = request.condition_text
     return replace(
-        request, classes=tuple(request.classes[i] for i in rest), embeddings=request.embeddings[torch.tensor(rest)]
+        request,
+        classes=tuple(request.classes[i] for i in rest),
+        embeddings=request.embeddings[torch.tensor(rest)],
+        condition_text=text and replace(text, embeddings=text.embeddings[torch.tensor(rest)]),
     )
 
 
@@ -192,11 +192,11 @@ def _measure_paraphrase(
         raise TrainingDataError(f"paraphrase table {name} has two names of none of the {len(tasks)} tasks")
     requests = task_requests(run.data, covered, sampler, steps, run.preset.seed)
     changed = [
-        replace(request, embeddings=torch.stack([table[label] for label in task]))  # (K, D)
+        replace(request, condition_text=ConditionText(torch.stack([table[label] for label in task]), name))  # (K, D)
         for request, task in zip(requests, covered, strict=True)
     ]
     right, values = (
-        _accuracy(run, generate_from_requests(run.generator, asked), covered) for asked in (requests, changed)
+        own_accuracy(run, covered, generate_from_requests(run.generator, asked)) for asked in (requests, changed)
     )
     bootstrap = PairedBootstrap(len(covered), run.preset.suites.reading.bootstrap, run.preset.seed)
     return {
