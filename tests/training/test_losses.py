@@ -13,14 +13,8 @@ from tests.tiny import TINY_DIM, TINY_SPEC, tiny_condition, tiny_space
 from text2weight.condition import Condition
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.head import apply_heads, class_logits
-from text2weight_training.losses import (
-    DROPOUT_RUN,
-    DenoisingLosses,
-    TaskBatch,
-    drop_features,
-    make_task_batch,
-    smoothed_cross_entropy,
-)
+from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
+from text2weight_training.stacked import DROPOUT_RUN, drop_features, smoothed_cross_entropy
 from text2weight_training.tasks import PADDING, ClassFeatures
 
 SCHEDULE = NoiseSchedule(num_timesteps=40)
@@ -121,8 +115,8 @@ def test_a_batch_with_dropout_leaves_the_stored_features_as_they_are() -> None:
     stored = ClassFeatures.from_labels(torch.ones(6, 40), torch.arange(6) % 3, 3)
     tasks = torch.tensor([[0, 2, PADDING], [2, 1, 0]])
     texts = F.normalize(torch.randn(3, TINY_DIM, generator=torch.Generator().manual_seed(2)), dim=-1)
-    plain = make_task_batch(tasks, texts, stored, 8, torch.Generator().manual_seed(1))
-    dropped = make_task_batch(tasks, texts, stored, 8, torch.Generator().manual_seed(1), 0.5)
+    plain = make_task_batch(tasks, texts, texts, stored, 8, torch.Generator().manual_seed(1))
+    dropped = make_task_batch(tasks, texts, texts, stored, 8, torch.Generator().manual_seed(1), 0.5)
     assert torch.equal(plain.targets, dropped.targets)
     assert bool((dropped.features == 0).any())
     assert bool((stored.features == 1).all())

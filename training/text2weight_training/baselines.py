@@ -20,7 +20,15 @@ from text2weight.weight_space import WeightSpace
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center
-from text2weight_training.stacked import HeadRecipe, heads_accuracy, minimise, stacked_logits, train_in_stacks
+from text2weight_training.stacked import (
+    HeadRecipe,
+    drop_features,
+    heads_accuracy,
+    minimise,
+    smoothed_cross_entropy,
+    stacked_logits,
+    train_in_stacks,
+)
 from text2weight_training.tasks import TaskData, pad_tasks, task_embeddings
 from text2weight_training.zoo import Zoo
 
@@ -185,11 +193,13 @@ def restricted_universal_head(
             zoo.split, len(data.classes), settings.restricted_tasks, preset.fit.fresh_task_size, generator
         )  # (M, K)
         features, targets = data.train.sample(tasks, recipe.batch_size, generator)  # (M, s, d), (M, s)
+        if recipe.feature_dropout:
+            drop_features(features, recipe.feature_dropout, generator)
         text, mask = task_embeddings(data.embeddings, tasks)
         logits = stacked_logits(
             preset.head, flat.expand(len(tasks), -1), features.float(), text, preset.logit_scale, mask
         )  # (M, s, K)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return smoothed_cross_entropy(logits, targets, mask, recipe.label_smoothing)
 
     trained, _ = minimise(zoo.universal.clone(), loss, recipe, preset.seed, on_step)  # (P,)
     if not bool(torch.isfinite(trained).all()):

@@ -19,7 +19,7 @@ from text2weight.condition import prior_attention
 from text2weight.weight_space import WeightSpace
 from text2weight_training.files import TrainingDataError
 from text2weight_training.splits import training_center
-from text2weight_training.stacked import HeadRecipe, cosine_decay
+from text2weight_training.stacked import Recipe, cosine_decay
 from text2weight_training.tasks import TaskData, pad_tasks, task_embeddings
 from text2weight_training.zoo import Zoo
 
@@ -66,7 +66,7 @@ def train_hypernetwork(
     zoo: Zoo,
     space: WeightSpace,
     parameters: int,
-    recipe: HeadRecipe,
+    recipe: Recipe,
     seed: int,
     on_step: Callable[[], None] | None = None,
 ) -> Callable[[Sequence[tuple[int, ...]]], Tensor]:

@@ -16,12 +16,9 @@ from text2weight.condition import Condition, condition_on_classes
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.head import HeadSpec
 from text2weight.weight_space import WeightSpace
-from text2weight_training.stacked import stacked_logits
+from text2weight_training.stacked import drop_features, smoothed_cross_entropy, stacked_logits
 from text2weight_training.symmetry import equivariance_loss, permute_each
 from text2weight_training.tasks import ClassFeatures, task_embeddings
-
-# Feature samples of a task that share one dropout mask.
-DROPOUT_RUN = 64
 
 
 @dataclass(frozen=True)
@@ -72,37 +69,6 @@ def make_task_batch(
     if feature_dropout:
         drop_features(drawn, feature_dropout, generator)
     return TaskBatch(condition_on_classes(read, mask), text, mask, drawn, targets)
-
-
-def drop_features(features: Tensor, share: float, generator: torch.Generator) -> None:
-    """Dropout (arXiv 1207.0580) on feature samples (B, n, d), in place.
-
-    Runs of samples of one task share what is dropped: drawn for every sample alone, it would take a CPU longer
-    than the denoiser's own step, and helps no more.
-    """
-    for run in features.split(DROPOUT_RUN, dim=1):
-        kept = torch.rand(len(features), 1, features.shape[-1], generator=generator) >= share  # (B, 1, d)
-        run.mul_((kept / (1 - share)).to(features))  # (B, 64, d)
-
-
-def smoothed_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor, smoothing: float) -> Tensor:
-    """Mean cross-entropy against (1 - smoothing) one-hot + smoothing / K, K each task's own classes.
-
-    Label smoothing (arXiv 1512.00567), where tasks are padded to one number of classes.
-
-    Args:
-        logits: (B, n, K), -inf at padding.
-        targets: (B, n).
-        mask: (B, K) bool, False at padding.
-        smoothing: 0..1.
-    """
-    likelihood = logits.log_softmax(-1)  # (B, n, K)
-    hit = likelihood.gather(-1, targets.unsqueeze(-1)).mean()
-    if not smoothing:
-        return -hit
-    present = likelihood.masked_fill(~mask.unsqueeze(1), 0).sum(-1)  # (B, n)
-    spread = (present / mask.sum(-1, keepdim=True)).mean()
-    return -((1 - smoothing) * hit + smoothing * spread)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from text2weight.head import HeadSpec
 from text2weight.samplers import SamplerName, check_sampler
 from text2weight.weight_space import Scaling
 from text2weight_training.files import TrainingDataError
-from text2weight_training.stacked import HeadRecipe
+from text2weight_training.stacked import HeadRecipe, RegularisingShare
 from text2weight_training.suites.settings import SuitesSettings
 
 
@@ -126,8 +126,8 @@ class FitSettings(_Strict):
     fresh_batch: NonNegativeInt = 32
     fresh_task_size: TaskSize = (2, 32)
     samples: PositiveInt = 128
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
-    feature_dropout: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
+    label_smoothing: RegularisingShare = 0.0
+    feature_dropout: RegularisingShare = 0.0
     diffusion_weight: NonNegativeFloat = 1.0
     task_weight: NonNegativeFloat = 1.0
     symmetry_weight: NonNegativeFloat = 0.0

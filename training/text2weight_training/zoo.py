@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from text2weight_training.distributed import run_jobs
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_split
-from text2weight_training.stacked import heads_accuracy, initial_head, train_stack
+from text2weight_training.stacked import HeadRecipe, heads_accuracy, initial_head, train_stack
 from text2weight_training.tasks import PADDING, HeldOut, TaskData, TaskSplit, pad_tasks
 
 FORMAT = "text2weight.zoo/1"
@@ -214,26 +214,44 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
 def _shared_heads(data: TaskData, split: TaskSplit, preset: Preset, out: Path) -> dict[str, Tensor]:
     path = out / "shared.safetensors"
     if not _holds(path, {"base": (preset.head.num_parameters,), "universal": (preset.head.num_parameters,)}):
-        everything = [split.held_out.training_classes(len(data.classes))]
-        start = initial_head(preset.head, preset.seed)
         recipes = {"base": preset.zoo.base, "universal": preset.zoo.universal}
         heads = {}
         with Progress() as progress:
             for name, recipe in recipes.items():
                 bar = progress.add_task(f"{name} head", total=recipe.steps)
-                heads[name] = train_stack(
-                    preset.head,
-                    start,
-                    everything,
-                    data.train,
-                    data.embeddings,
-                    preset.logit_scale,
-                    recipe,
-                    preset.seed,
-                    partial(progress.advance, bar),
-                )[0].cpu()
+                heads[name] = universal_head(data, split, preset, recipe, partial(progress.advance, bar))
         _save_tensors(heads, path)
     return _read_tensors(path)
+
+
+def universal_head(
+    data: TaskData, split: TaskSplit, preset: Preset, recipe: HeadRecipe, on_step: Callable[[], None]
+) -> Tensor:
+    """One head trained on all training classes from PyTorch's initialisation, (P,) on the CPU.
+
+    Args:
+        data: features and embeddings.
+        split: says which classes are kept from training.
+        preset: head, logit scale and seed.
+        recipe: optimiser settings; a short one makes the base head.
+        on_step: called after every step.
+
+    Raises:
+        TrainingDataError: the weights are no longer finite.
+    """
+    everything = [split.held_out.training_classes(len(data.classes))]
+    start = initial_head(preset.head, preset.seed)  # (P,)
+    return train_stack(
+        preset.head,
+        start,
+        everything,
+        data.train,
+        data.embeddings,
+        preset.logit_scale,
+        recipe,
+        preset.seed,
+        on_step,
+    )[0].cpu()
 
 
 def _holds(path: Path, shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -5,7 +5,7 @@ Letters: M tasks, S oracle seeds, P numbers in one head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,10 +35,12 @@ from text2weight_training.feature_classifiers import (
 )
 from text2weight_training.files import TrainingDataError
 from text2weight_training.hypernetwork import train_hypernetwork
-from text2weight_training.suites.base import SuiteRun
+from text2weight_training.stacked import HeadRecipe
+from text2weight_training.suites.base import SuiteRun, train_heads
 from text2weight_training.suites.figures import new_figure, save_figure
 from text2weight_training.suites.tables import markdown_table
 from text2weight_training.tasks import TaskSplit
+from text2weight_training.zoo import universal_head
 
 Tasks = list[tuple[int, ...]]
 
@@ -50,8 +52,11 @@ SPLITS = {
     "mixed_classes": "half held-out classes",
     "held_out_classes": "held-out classes",
 }
-UNIVERSALS = ("universal", "universal, trained on tasks")
-ORACLE_STARTS = ("base", "universal")
+REGULARISED = "universal, regularised"
+UNIVERSALS = ("universal", "universal, trained on tasks", REGULARISED)
+# By start and recipe.
+PLAIN_ORACLES = ("base", "universal")
+ORACLES = (*PLAIN_ORACLES, REGULARISED)
 ZERO_SHOT = "CLIP zero-shot"
 
 
@@ -61,6 +66,7 @@ class Trained:
 
     space: WeightSpace
     restricted: Tensor
+    regularised: Tensor
     hypernetwork: Callable[[Tasks], Tensor]
 
 
@@ -116,6 +122,9 @@ def _train_baselines(run: SuiteRun, progress: Progress) -> Trained:
     space = WeightSpace.fit(preset.head, run.zoo.universal, run.zoo.weights)
     bar = progress.add_task("universal head on tasks", total=settings.restricted_universal.steps)
     restricted = restricted_universal_head(run.data, run.zoo, preset, partial(progress.advance, bar))
+    recipe = _regularised(run, preset.zoo.universal)
+    bar = progress.add_task("regularised universal head", total=recipe.steps)
+    regularised = universal_head(run.data, run.zoo.split, preset, recipe, partial(progress.advance, bar))
     bar = progress.add_task("hypernetwork", total=settings.hypernetwork.steps)
     hypernetwork = train_hypernetwork(
         run.data,
@@ -126,7 +135,14 @@ def _train_baselines(run: SuiteRun, progress: Progress) -> Trained:
         preset.seed,
         partial(progress.advance, bar),
     )
-    return Trained(space, restricted, hypernetwork)
+    return Trained(space, restricted, regularised, hypernetwork)
+
+
+def _regularised(run: SuiteRun, recipe: HeadRecipe) -> HeadRecipe:
+    settings = run.preset.suites.accuracy
+    return recipe.model_copy(
+        update={"label_smoothing": settings.label_smoothing, "feature_dropout": settings.feature_dropout}
+    )
 
 
 def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, progress: Progress) -> dict[str, Any]:
@@ -136,6 +152,7 @@ def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, pro
         "nearest zoo head by classes": overlapping_heads(data, run.zoo, tasks),
         "average of nearest zoo heads": neighbours,
         "universal, trained on tasks": trained.restricted,
+        REGULARISED: trained.regularised,
         "MLP hypernetwork": trained.hypernetwork(tasks),
     }
     bar = progress.add_task(f"{name}: generating", total=len(preset.evaluation.samplers))
@@ -145,9 +162,12 @@ def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, pro
     oracles = _oracles(run, name, tasks, progress)
     by_seed = {_oracle_name(start, s): made for start, seeds in oracles.items() for s, made in enumerate(seeds)}
     every = accuracies(data, preset.head, tasks, {**heads, **predictors(run), **by_seed})
-    oracle = _best_oracle(every, preset.suites.accuracy.oracle_seeds)
+    seeds = preset.suites.accuracy.oracle_seeds
+    oracle = _best_oracle(every, seeds, ORACLES)
+    plain = _best_oracle(every, seeds, PLAIN_ORACLES)
     scores = {method: values for method, values in every.items() if method not in by_seed}
     scores |= {"chance": np.array([1 / len(task) for task in tasks]), "oracle": oracle.pop("scores")}
+    scores["oracle without regularising"] = plain["scores"]
     targets = oracles["universal"][0]  # (M, P)
     errors = {method: weight_error(trained.space, weights, targets) for method, weights in heads.items()}
     errors["oracle"] = weight_error(trained.space, targets, targets)
@@ -175,11 +195,12 @@ def predictors(run: SuiteRun) -> dict[str, Predictor]:
 
 
 def _oracles(run: SuiteRun, name: str, tasks: Tasks, progress: Progress) -> dict[str, list[Tensor]]:
-    """For each start S tensors (M, P), one for each seed."""
+    """For each of `ORACLES` S tensors (M, P), one for each seed."""
     preset, seeds = run.preset, run.preset.suites.accuracy.oracle_seeds
-    bar = progress.add_task(f"{name}: oracle heads", total=seeds * len(ORACLE_STARTS) * len(tasks))
-    by_seed = [
-        oracle_heads(
+    bar = progress.add_task(f"{name}: oracle heads", total=seeds * len(ORACLES) * len(tasks))
+    by_seed = []
+    for seed in range(preset.seed + 77, preset.seed + 77 + 1_000_003 * seeds, 1_000_003):
+        heads = oracle_heads(
             run.data,
             run.zoo,
             tasks,
@@ -187,22 +208,23 @@ def _oracles(run: SuiteRun, name: str, tasks: Tasks, progress: Progress) -> dict
             preset.logit_scale,
             preset.evaluation.oracle,
             preset.zoo.stack,
-            preset.seed + 77 + 1_000_003 * seed,
+            seed,
             partial(progress.advance, bar),
         )
-        for seed in range(seeds)
-    ]
-    return {start: [heads[start] for heads in by_seed] for start in ORACLE_STARTS}
+        heads[REGULARISED] = train_heads(run, tasks, _regularised(run, preset.evaluation.oracle), seed)
+        progress.advance(bar, len(tasks))
+        by_seed.append(heads)
+    return {start: [heads[start] for heads in by_seed] for start in ORACLES}
 
 
 def _oracle_name(start: str, seed: int) -> str:
     return f"oracle from {start}, seed {seed}"
 
 
-def _best_oracle(scores: dict[str, np.ndarray], seeds: int) -> dict[str, Any]:
-    """The start with the better mean accuracy over tasks and seeds, and how far its seeds differ."""
+def _best_oracle(scores: dict[str, np.ndarray], seeds: int, oracles: Sequence[str]) -> dict[str, Any]:
+    """The one of `oracles` with the best mean accuracy over tasks and seeds, and how far its seeds differ."""
     by_start = {
-        start: np.stack([scores[_oracle_name(start, seed)] for seed in range(seeds)]) for start in ORACLE_STARTS
+        start: np.stack([scores[_oracle_name(start, seed)] for seed in range(seeds)]) for start in oracles
     }  # (S, M)
     start = max(by_start, key=lambda name: float(by_start[name].mean()))
     values = by_start[start]
@@ -223,16 +245,16 @@ def _held_out_pairs_per_task(split: TaskSplit, tasks: Tasks) -> float:
 def summarise_split(
     scores: dict[str, np.ndarray], errors: dict[str, float], resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Means, intervals and shares of the gap between the better universal head and the oracle.
+    """Means, intervals and shares of the gap between the best universal head and the oracle.
 
     Args:
-        scores: per method the accuracy on each of M tasks, among them both universal heads and "oracle".
+        scores: per method the accuracy on each of M tasks, among them the `UNIVERSALS` and "oracle".
         errors: per method that makes weights, the standardised squared error to the oracle's.
         resamples: bootstrap resamples; the same tasks are drawn for all methods.
         seed: of the resampling.
 
     Returns:
-        `universal` (name of the better one) and `methods`.
+        `universal` (name of the best one) and `methods`.
     """
     bootstrap = PairedBootstrap(len(scores["oracle"]), resamples, seed)
     universal = max(UNIVERSALS, key=lambda name: float(scores[name].mean()))
@@ -266,7 +288,8 @@ def report(result: dict[str, Any]) -> str:
     for title, entry in splits.items():
         parts += [f"### {title.capitalize()}", _describe_split(entry), _split_table(entry, result)]
     parts.append(
-        "Gap closed is (method - better universal head) / (oracle - better universal head). Weight error is the mean "
+        "Gap closed is (method - best universal head) / (oracle - best universal head); both ends count with label "
+        "smoothing and feature dropout where these help. Weight error is the mean "
         "squared difference, in standardised numbers, to a head trained on the task's data from the universal head. "
         "Intervals are 95 % bootstrap intervals over tasks, paired."
     )
@@ -279,7 +302,7 @@ def _describe_split(entry: dict[str, Any]) -> str:
     text = f"{entry['tasks']} tasks of {least} to {greatest} classes"
     if entry["held_out_pairs_per_task"]:
         text += f", {entry['held_out_pairs_per_task']:.1f} held-out pairs each on average"
-    text += f". Better universal head: {entry['universal']}. Better oracle: from the {oracle['start']} head"
+    text += f". Best universal head: {entry['universal']}. Best oracle: from {oracle['start']}"
     if oracle["spread_within_task"] is not None:
         low, high = min(oracle["accuracy_of_seeds"]), max(oracle["accuracy_of_seeds"])
         text += (

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from text2weight.samplers import SamplerName
-from text2weight_training.stacked import HeadRecipe
+from text2weight_training.stacked import HeadRecipe, Recipe, RegularisingShare
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Between = Annotated[float, Field(gt=0, lt=1)]
@@ -66,6 +66,8 @@ class AccuracySettings(SuiteSettings):
     Attributes:
         tasks: tasks of each split, or all it has.
         oracle_seeds: heads trained on each task's own data, from each start.
+        label_smoothing: of the regularised versions of the universal head and of the oracle.
+        feature_dropout: likewise. Nothing else differs from their recipes.
         restricted_universal: recipe of the universal head that is trained on tasks; `batch_size` counts
             samples per task.
         restricted_tasks: tasks per step of it.
@@ -74,9 +76,11 @@ class AccuracySettings(SuiteSettings):
 
     tasks: PositiveInt = 200
     oracle_seeds: PositiveInt = 3
+    label_smoothing: RegularisingShare = 0.1
+    feature_dropout: RegularisingShare = 0.1
     restricted_universal: HeadRecipe = HeadRecipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=1.0)
     restricted_tasks: PositiveInt = 16
-    hypernetwork: HeadRecipe = HeadRecipe(steps=2000, batch_size=64, learning_rate=1e-3, weight_decay=0.01)
+    hypernetwork: Recipe = Recipe(steps=2000, batch_size=64, learning_rate=1e-3, weight_decay=0.01)
 
 
 class DenoisingSettings(SuiteSettings):
@@ -337,8 +341,12 @@ class SuitesSettings(BaseModel):
         yield self.gradcam.sampler
 
     def unseen_tasks(self) -> dict[str, int]:
-        """How many unseen tasks each suite asks for, by the names of the settings that say so."""
+        """How many unseen tasks each suite that was set asks for, by the names of the settings that say so.
+
+        Suites left at their defaults are checked when they are run.
+        """
         suites = ("denoising", "reading", "landscape", "enhance", "memorisation")
-        return {f"{name}.tasks": getattr(self, name).tasks for name in suites} | {
-            "init.tasks + tuning_tasks": self.init.tasks + self.init.tuning_tasks
-        }
+        wanted = {f"{name}.tasks": getattr(self, name).tasks for name in suites if name in self.model_fields_set}
+        if "init" in self.model_fields_set:
+            wanted["init.tasks + tuning_tasks"] = self.init.tasks + self.init.tuning_tasks
+        return wanted
