@@ -147,7 +147,7 @@ def test_no_task_is_judged_by_a_choice_made_on_it() -> None:
 
 def test_a_training_that_diverges_is_an_error(toy: Toy, suite_run: SuiteRun) -> None:
     start = torch.full((2, toy.preset.head.num_parameters), math.nan)
-    with pytest.raises(TrainingDataError, match="diverged .*lower the learning rate"):
+    with pytest.raises(TrainingDataError, match=r"diverged .*lower the learning rate"):
         enhance.train_and_stop(suite_run, start, list(toy.zoo.split.unseen[:2]), {1})
 
 
