@@ -346,7 +346,7 @@ def _range(bounds: list[float], digits: int = 2) -> str:
 
 def plot_splits(result: dict[str, Any], stem: Path) -> None:
     """Draw the main methods' accuracies with intervals, split by split, to `stem`.png and `stem`.svg."""
-    shown = ("universal", "universal, trained on tasks", "MLP hypernetwork", result["headline"], "oracle")
+    shown = ("universal", REGULARISED, "MLP hypernetwork", result["headline"], "oracle")
     names = list(result["splits"])
     figure, (axes,) = new_figure()
     for i, method in enumerate(shown):
