@@ -19,8 +19,6 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 from safetensors import SafetensorError
@@ -88,7 +86,8 @@ class CheckpointConfig(BaseModel):
     classes: tuple[str, ...] = ()
     task_size: tuple[int, int] = (8, 32)
     text_encoder: TextEncoderConfig
-    condition_text: TextEncoderConfig | None = None
+    # Left out where it is not used: the hash of checkpoints that are older than it stays what it was.
+    condition_text: TextEncoderConfig | None = Field(default=None, exclude_if=lambda source: source is None)
     backbone: dict[str, Any] = {}
     denoiser: DenoiserConfig = DenoiserConfig()
     schedule: NoiseSchedule = NoiseSchedule()
@@ -107,12 +106,6 @@ class CheckpointConfig(BaseModel):
                 "differ: cosine logits compare head outputs with class embeddings"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out_condition_text(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write the field only where it is used: the hash of checkpoints that are older than it stays what it was."""
-        content: dict[str, Any] = serialise(self)
-        return {name: value for name, value in content.items() if (name, value) != ("condition_text", None)}
 
     @property
     def sha256(self) -> str:

@@ -12,17 +12,16 @@ product so slowly that they stay on one head for all tasks for hundreds of steps
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
     model_validator,
 )
 from torch import Tensor, nn
@@ -30,9 +29,6 @@ from torch import Tensor, nn
 from text2weight.condition import Condition, GivenHeads
 from text2weight.head import HeadSpec
 from text2weight.weight_tokens import ChunkTokens, UnitTokens
-
-# A checkpoint's hash covers its config as written, and older checkpoints were written without these fields.
-_ADDED_FIELDS = {"pooled": True, "null_condition": False, "reads_given": False}
 
 
 class DenoiserConfig(BaseModel):
@@ -63,11 +59,13 @@ class DenoiserConfig(BaseModel):
     tokens: Literal["unit", "chunk"] = "unit"
     chunk_size: PositiveInt = 576
     unit_identity: bool = True
-    pooled: bool = True
+    # A checkpoint's hash covers its config as written: fields that were added to the format are left out where they
+    # say what was fixed before.
+    pooled: bool = Field(default=True, exclude_if=lambda pooled: pooled)
     class_tokens: bool = True
     class_path: NonNegativeInt = 512
-    null_condition: bool = False
-    reads_given: bool = False
+    null_condition: bool = Field(default=False, exclude_if=lambda learnt: not learnt)
+    reads_given: bool = Field(default=False, exclude_if=lambda reads: not reads)
     width: PositiveInt = 384
     depth: PositiveInt = 6
     heads: PositiveInt = 6
@@ -91,12 +89,6 @@ class DenoiserConfig(BaseModel):
         if self.reads_given and self.tokens != "unit":
             raise ValueError(f"reads_given is true with {self.tokens} tokens: a given head is read unit by unit")
         return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out_added_fields(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write fields that were added to the format only where they differ from what was fixed before."""
-        content: dict[str, Any] = serialise(self)
-        return {name: value for name, value in content.items() if (name, value) not in _ADDED_FIELDS.items()}
 
     @property
     def class_path_size(self) -> int:

@@ -22,10 +22,9 @@ from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center
 from text2weight_training.stacked import (
     HeadRecipe,
-    drop_features,
     heads_accuracy,
     minimise,
-    smoothed_cross_entropy,
+    sampled_loss,
     stacked_logits,
     train_in_stacks,
 )
@@ -192,14 +191,9 @@ def restricted_universal_head(
         tasks = draw_fresh_tasks(
             zoo.split, len(data.classes), settings.restricted_tasks, preset.fit.fresh_task_size, generator
         )  # (M, K)
-        features, targets = data.train.sample(tasks, recipe.batch_size, generator)  # (M, s, d), (M, s)
-        if recipe.feature_dropout:
-            drop_features(features, recipe.feature_dropout, generator)
-        text, mask = task_embeddings(data.embeddings, tasks)
-        logits = stacked_logits(
-            preset.head, flat.expand(len(tasks), -1), features.float(), text, preset.logit_scale, mask
-        )  # (M, s, K)
-        return smoothed_cross_entropy(logits, targets, mask, recipe.label_smoothing)
+        text = task_embeddings(data.embeddings, tasks)  # (M, K, D), (M, K)
+        heads = flat.expand(len(tasks), -1)  # (M, P)
+        return sampled_loss(preset.head, heads, tasks, text, data.train, preset.logit_scale, recipe, generator)
 
     trained, _ = minimise(zoo.universal.clone(), loss, recipe, preset.seed, on_step)  # (P,)
     if not bool(torch.isfinite(trained).all()):

@@ -34,6 +34,7 @@ from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.presets import Preset
 from text2weight_training.splits import training_center, training_class_names
+from text2weight_training.suites.figures import new_figure, save_figure
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
@@ -191,8 +192,7 @@ def sample_diversity(
     generator: Generator, data: TaskData, zoo: Zoo, tasks: list[tuple[int, ...]], preset: Preset
 ) -> dict[str, float]:
     """Spread of samples over seeds, as a share of the zoo heads' spread over tasks (both standard deviations)."""
-    zoo_spread = float((zoo.weights - zoo.weights.mean(0)).square().mean().sqrt())
-    shares = {}
+    zoo_spread, shares = zoo.spread, {}
     for sampler, steps in preset.evaluation.samplers:
         samples = torch.stack([generate_heads(generator, data, tasks, sampler, steps, 1000 * s) for s in range(3)])
         shares[f"generated/{sampler}/{steps}"] = float(samples.var(0).mean().sqrt()) / zoo_spread
@@ -250,13 +250,8 @@ def print_table(result: dict[str, Any]) -> None:
 
 def plot_accuracy(result: dict[str, Any], stem: Path) -> None:
     """Draw accuracy against denoiser calls, with the baselines as lines, to `stem`.png and `stem`.svg."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     results = result["results"][SPLIT]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, (axes,) = new_figure()
     curves: dict[str, list[tuple[int, float]]] = {}
     for name, entry in results.items():
         if name.startswith("generated/"):
@@ -269,6 +264,4 @@ def plot_accuracy(result: dict[str, Any], stem: Path) -> None:
         axes.axhline(100 * results[name]["accuracy"], color="grey", linestyle=style, label=name)
     axes.set(xscale="log", xlabel="denoiser calls", ylabel="top-1 accuracy on unseen tasks, %")
     axes.legend(fontsize="small")
-    for suffix in (".png", ".svg"):
-        figure.savefig(stem.with_suffix(suffix), dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, stem)

@@ -128,8 +128,14 @@ def train_stack(
     Raises:
         TrainingDataError: the weights are no longer finite.
     """
-    loss = _stack_loss(spec, tasks, features, embeddings, logit_scale, recipe)
-    flat = start.to(features.features.device).expand(len(tasks), -1).clone()  # (M, P)
+    labels = pad_tasks(tasks).to(features.features.device)  # (M, K)
+    text = task_embeddings(embeddings, labels)  # (M, K, D), (M, K)
+
+    def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
+        # Summed over heads and averaged over samples: each head's gradient is its own mean loss's.
+        return len(tasks) * sampled_loss(spec, flat, labels, text, features, logit_scale, recipe, generator)
+
+    flat = start.to(labels.device).expand(len(tasks), -1).clone()  # (M, P)
     trained, last = minimise(flat, loss, recipe, seed, on_step, on_weights)
     if not bool(torch.isfinite(trained).all()):
         raise TrainingDataError(f"head training diverged (loss {last}): lower the learning rate")
@@ -167,29 +173,34 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor, smooth
     return -((1 - smoothing) * hit + smoothing * spread)
 
 
-def _stack_loss(
+def sampled_loss(
     spec: HeadSpec,
-    tasks: list[tuple[int, ...]],
+    flat: Tensor,
+    labels: Tensor,
+    text: tuple[Tensor, Tensor],
     features: ClassFeatures,
-    embeddings: Tensor,
     logit_scale: float,
     recipe: HeadRecipe,
-) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """The loss of one head per task, weights (M, P) and a generator -> cross-entropy on a fresh batch.
+    generator: torch.Generator,
+) -> Tensor:
+    """Cross-entropy of heads on a fresh batch of their tasks, as a recipe smooths and drops: the mean over all.
 
-    Summed over heads and averaged over samples: each head's gradient is its own mean loss's.
+    Args:
+        spec: the heads' specification.
+        flat: (M, P) weights.
+        labels: (M, K) class labels, padded.
+        text: class embeddings (M, K, D) and their mask (M, K), from `task_embeddings`.
+        features: the training features.
+        logit_scale: s of the cosine logits.
+        recipe: batch size and regularisers.
+        generator: of the samples, and of what is dropped.
     """
-    labels = pad_tasks(tasks).to(features.features.device)  # (M, K)
-    targets_text, mask = task_embeddings(embeddings, labels)  # (M, K, D), (M, K)
-
-    def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
-        batch, target = features.sample(labels, recipe.batch_size, generator)  # (M, n, d), (M, n)
-        if recipe.feature_dropout:
-            drop_features(batch, recipe.feature_dropout, generator)
-        logits = stacked_logits(spec, flat, batch.float(), targets_text, logit_scale, mask)  # (M, n, K)
-        return len(tasks) * smoothed_cross_entropy(logits, target, mask, recipe.label_smoothing)
-
-    return loss
+    class_embeddings, mask = text
+    batch, targets = features.sample(labels, recipe.batch_size, generator)  # (M, n, d), (M, n)
+    if recipe.feature_dropout:
+        drop_features(batch, recipe.feature_dropout, generator)
+    logits = stacked_logits(spec, flat, batch.float(), class_embeddings, logit_scale, mask)  # (M, n, K)
+    return smoothed_cross_entropy(logits, targets, mask, recipe.label_smoothing)
 
 
 def minimise(

@@ -57,6 +57,11 @@ class Zoo:
     accuracy: Tensor
     manifest: dict[str, Any]
 
+    @property
+    def spread(self) -> float:
+        """How far the task heads lie around their mean: the standard deviation of a number."""
+        return float((self.weights - self.weights.mean(0)).square().mean().sqrt())
+
 
 @dataclass(frozen=True)
 class ZooSpeed:

@@ -56,7 +56,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
     most = max(settings.neighbours, default=1)
     if most > len(zoo.weights):
         raise TrainingDataError(f"suites.memorisation.neighbours asks for {most} of {len(zoo.weights)} zoo heads")
-    spread = float((zoo.weights - zoo.weights.mean(0)).square().mean().sqrt())
+    spread = zoo.spread
     bootstrap = PairedBootstrap(settings.tasks, settings.bootstrap, run.preset.seed)
     by_seed = _heads_by_seed(run, unseen)
     heads = {name: samples[0] for name, samples in by_seed.items()} | zoo_baselines(run, unseen)
