@@ -18,6 +18,7 @@ from text2weight.errors import InvalidInputError
 MIN_CLASSES = 2
 MAX_CLASSES = 256
 MAX_NAME_LENGTH = 200
+MAX_WEIGHT = 1000.0  # of a task among others
 
 
 def plain_name(name: str) -> str:
@@ -76,7 +77,24 @@ def union_of_tasks(tasks: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return tuple(merged.values())
 
 
-def prior_attention(embeddings: Tensor, mask: Tensor) -> Tensor:
+def emphasis_of_tasks(tasks: Sequence[Sequence[str]], weights: Sequence[float]) -> Tensor:
+    """Add up each class's weights over the tasks that hold it: (K,), in the order of `union_of_tasks`.
+
+    Raises:
+        InvalidInputError: field "tasks"; a weight for every task, positive and finite, is what is allowed.
+    """
+    if len(weights) != len(tasks):
+        raise InvalidInputError("tasks", f"{len(weights)} weights for {len(tasks)} tasks: give each task one")
+    totals: dict[str, float] = {}
+    for i, (task, weight) in enumerate(zip(tasks, weights, strict=True)):
+        if not 0 < weight <= MAX_WEIGHT:
+            raise InvalidInputError("tasks", f"tasks[{i}] weighs {weight}: allowed is above 0 to {MAX_WEIGHT:g}")
+        for name in dict.fromkeys(name.casefold() for name in task):
+            totals[name] = totals.get(name, 0.0) + weight
+    return torch.tensor(list(totals.values()))
+
+
+def prior_attention(embeddings: Tensor, mask: Tensor, emphasis: Tensor | None = None) -> Tensor:
     """Pool class embeddings by their closeness to their own mean (T2W's prior attention).
 
     mu = mean of the embeddings, w = softmax(cos(e_i, mu)), pooled = sum w_i e_i.
@@ -84,13 +102,19 @@ def prior_attention(embeddings: Tensor, mask: Tensor) -> Tensor:
     Args:
         embeddings: (B, K, D), L2-normalised.
         mask: (B, K) bool, False marks padding.
+        emphasis: (B, K) positive factors of the classes' shares in mu and w, which still add up to 1; None for
+            equal ones.
 
     Returns:
         (B, D).
     """
     present = mask.unsqueeze(-1).to(embeddings.dtype)  # (B, K, 1)
+    if emphasis is not None:
+        present = present * emphasis.unsqueeze(-1)  # (B, K, 1)
     mean = (embeddings * present).sum(1) / present.sum(1)  # (B, D)
     similarity = F.cosine_similarity(embeddings, mean.unsqueeze(1), dim=-1)  # (B, K)
+    if emphasis is not None:
+        similarity = similarity + emphasis.log()  # (B, K)
     weights = similarity.masked_fill(~mask, float("-inf")).softmax(-1)  # (B, K)
     return torch.einsum("bk,bkd->bd", weights, embeddings)  # (B, D)
 
@@ -154,30 +178,31 @@ class Condition:
         kept = ~dropped.unsqueeze(-1)  # (B, 1)
         return Condition(self.pooled * kept, self.tokens * kept.unsqueeze(-1), self.mask & kept, self.given)
 
-    def join(self, other: Condition) -> Condition:
-        """These items, then those of `other`, padded to the same K; both have given heads or neither has."""
-        given = None
-        if self.given is not None and other.given is not None:
-            given = GivenHeads(
-                torch.cat([self.given.weights, other.given.weights]),
-                torch.cat([self.given.present, other.given.present]),
-            )
-        return Condition(
-            torch.cat([self.pooled, other.pooled]),
-            torch.cat([self.tokens, other.tokens]),
-            torch.cat([self.mask, other.mask]),
-            given,
-        )
+
+def condition_on_classes(embeddings: Tensor, mask: Tensor, emphasis: Tensor | None = None) -> Condition:
+    """Build the condition from padded class embeddings (B, K, D), their mask (B, K) and emphasis (B, K)."""
+    return Condition(prior_attention(embeddings, mask, emphasis), embeddings * mask.unsqueeze(-1), mask)
 
 
-def condition_on_classes(embeddings: Tensor, mask: Tensor) -> Condition:
-    """Build the condition from padded class embeddings (B, K, D) and their mask (B, K)."""
-    return Condition(prior_attention(embeddings, mask), embeddings * mask.unsqueeze(-1), mask)
+def stack_conditions(conditions: Sequence[Condition]) -> Condition:
+    """Put the items of several conditions into one, padded to the largest K; all have given heads or none has."""
+    longest = max(condition.mask.shape[1] for condition in conditions)
+    lacking = [longest - condition.mask.shape[1] for condition in conditions]
+    given = [condition.given for condition in conditions if condition.given is not None]
+    return Condition(
+        torch.cat([condition.pooled for condition in conditions]),
+        torch.cat([F.pad(one.tokens, (0, 0, 0, more)) for one, more in zip(conditions, lacking, strict=True)]),
+        torch.cat([F.pad(one.mask, (0, more)) for one, more in zip(conditions, lacking, strict=True)]),
+        GivenHeads(torch.cat([g.weights for g in given]), torch.cat([g.present for g in given])) if given else None,
+    )
 
 
-def pad_embeddings(embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack class embeddings (K_i, D) of several requests into (B, K, D) and a mask (B, K)."""
-    longest = max(len(rows) for rows in embeddings)
+def pad_embeddings(embeddings: Sequence[Tensor], capacity: int = 0) -> tuple[Tensor, Tensor]:
+    """Stack class embeddings (K_i, D) of several requests into (B, K, D) and a mask (B, K).
+
+    K is that of the largest request, or `capacity` where that is more.
+    """
+    longest = max(capacity, *(len(rows) for rows in embeddings))
     padded = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows in embeddings])  # (B, K, D)
     counts = torch.tensor([len(rows) for rows in embeddings], device=padded.device)
     mask = torch.arange(longest, device=padded.device) < counts[:, None]  # (B, K)

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
-from text2weight.condition import Condition
+from text2weight.condition import Condition, stack_conditions
 
 Prediction = Literal["x0", "epsilon", "v"]
 
@@ -108,7 +108,9 @@ def _run_guided(
     guided = (scale != 1).nonzero().squeeze(1)  # (b,)
     null = condition.select(guided).drop(torch.ones_like(guided, dtype=torch.bool))
     both = denoiser(
-        torch.cat([shown, shown[guided]]), torch.cat([timesteps, timesteps[guided]]), condition.join(null)
+        torch.cat([shown, shown[guided]]),
+        torch.cat([timesteps, timesteps[guided]]),
+        stack_conditions([condition, null]),
     )  # (B + b, P)
     output, without = both[: len(shown)], both[len(shown) :]  # (B, P), (b, P)
     combined = without + scale[guided, None] * (output[guided] - without)  # (b, P)

@@ -3,7 +3,9 @@
     class names --text_encoder--> embeddings (K, D) --condition--> pooled vector and class tokens
         --samplers, denoiser--> standardised weights (P) --weight_space--> flat weights --head, artifact--> bytes
 
-The samplers begin at noise or, to enhance a head, at that head with noise on it (`enhancement`).
+The samplers begin at noise or, to enhance a head, at that head with noise on it (`enhancement`). `begin`, `advance`
+and `finish` are the stages of one request, so that a service can let requests join and leave between denoiser calls
+(`sampling`); `generate_batch` calls them for requests that begin together.
 
 Letters: B requests, K classes, D embedding size, P numbers in one head.
 """
@@ -11,6 +13,7 @@ Letters: B requests, K classes, D embedding size, P numbers in one head.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,12 +26,19 @@ from torch import Tensor
 
 from text2weight.artifact import FORMAT, HeadArtifact
 from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
-from text2weight.condition import Condition, condition_on_classes, normalise_class_names, pad_embeddings
+from text2weight.condition import (
+    condition_on_classes,
+    emphasis_of_tasks,
+    normalise_class_names,
+    pad_embeddings,
+    union_of_tasks,
+)
 from text2weight.descriptions import ConditionText, Descriptions, describe_classes
-from text2weight.enhancement import Start, check_fits, check_given, choose_start, heads_to_read
+from text2weight.enhancement import check_fits, check_given, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
-from text2weight.samplers import check_sampler, make_plan, take_steps
-from text2weight.text_encoder import TextEncoder, load_text_encoder
+from text2weight.samplers import check_sampler, make_plan
+from text2weight.sampling import Sample, advance
+from text2weight.text_encoder import TEMPLATE_PATTERN, TextEncoder, load_text_encoder
 
 MAX_SEED = 2**63 - 1
 # A checkpoint's own text encoder lies in this folder of it.
@@ -36,6 +46,8 @@ BUNDLED_TEXT_ENCODER = "text_encoder"
 # And so do the texts that its condition was made from, where they are others.
 BUNDLED_CONDITION_TEXT = "condition_text"
 MAX_GUIDANCE_SCALE = 20.0
+MAX_TEMPLATE_LENGTH = 200
+CLASS_MULTIPLE = 8  # requests are padded to a multiple of so many classes
 DEFAULT_STEPS = 20  # of a sampler that the checkpoint names no step count for
 
 
@@ -73,6 +85,8 @@ class GenerationRequest:
             made at any strength between, or as many as there are timesteps below; "mean" makes its one call there.
         condition_text: what the denoiser reads in place of `embeddings`, such as descriptions of the classes; None
             for what the checkpoint was trained with.
+        emphasis: (K,) positive factors of the classes' shares in the pooled condition; None for equal ones.
+        template: of the prompts that `embeddings` were made from; None for the checkpoint's.
     """
 
     classes: tuple[str, ...]
@@ -84,6 +98,8 @@ class GenerationRequest:
     given: Tensor | None = None
     strength: float = 1.0
     condition_text: ConditionText | None = None
+    emphasis: Tensor | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +238,34 @@ class Generator:
         request = replace(request, given=self.config.head.flatten(head.tensors), strength=strength)
         return self.generate_batch([request])[0]
 
+    def fuse(
+        self,
+        tasks: Sequence[Sequence[str]],
+        *,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance_scale: float = 1.0,
+    ) -> HeadArtifact:
+        """Generate one head for the classes of several tasks, each class once, in order of first appearance.
+
+        Args:
+            tasks: class names of each task.
+            weights: positive factors of the tasks' shares in the pooled condition; equal ones where not given.
+            seed: 0..2**63 - 1.
+            steps: denoiser calls; the checkpoint's default where not given.
+            sampler: likewise.
+            guidance_scale: see `GenerationRequest`.
+
+        Raises:
+            InvalidInputError: `field` says which argument, the message what is allowed.
+        """
+        names = [normalise_class_names(task, minimum=1) for task in tasks]
+        emphasis = None if weights is None else emphasis_of_tasks(names, weights)
+        request = self._request(union_of_tasks(names), seed, steps, sampler, guidance_scale)
+        return self.generate_batch([replace(request, emphasis=emphasis)])[0]
+
     def _request(
         self, classes: Sequence[str], seed: int, steps: int | None, sampler: str | None, guidance_scale: float
     ) -> GenerationRequest:
@@ -235,9 +279,21 @@ class Generator:
         """How many parameters the denoiser has."""
         return sum(parameter.numel() for parameter in self._denoiser.parameters())
 
-    def prompts(self, classes: Sequence[str]) -> list[str]:
-        """Put class names into the checkpoint's prompt template."""
-        return [self.config.template.format(name) for name in classes]
+    def prompts(self, classes: Sequence[str], template: str | None = None) -> list[str]:
+        """Put class names into a prompt template, the checkpoint's where none is given.
+
+        Raises:
+            InvalidInputError: field "prompt_template"; it has to hold one {} for the name and nothing else in braces.
+        """
+        if template is None:
+            template = self.config.template
+        elif len(template) > MAX_TEMPLATE_LENGTH or not re.fullmatch(TEMPLATE_PATTERN, template):
+            raise InvalidInputError(
+                "prompt_template",
+                f"prompt_template is {template[:MAX_TEMPLATE_LENGTH]!r}: one {{}} must stand for the name, no other "
+                f"braces, at most {MAX_TEMPLATE_LENGTH} characters",
+            )
+        return [template.format(name) for name in classes]
 
     def resolve_sampling(self, sampler: str | None, steps: int | None) -> tuple[str, int]:
         """Fill in the checkpoint's sampler and steps where a caller gave none.
@@ -262,6 +318,8 @@ class Generator:
         check_sampler(request.sampler, request.steps, self.config.schedule.num_timesteps)
         self._check_guidance(request.guidance_scale)
         check_given(self.config.head, self._space_on_cpu, request.given, request.strength)
+        if request.emphasis is not None and tuple(request.emphasis.shape) != (len(request.classes),):
+            raise InvalidInputError("tasks", f"emphasis is {tuple(request.emphasis.shape)}: give one factor per class")
         expected = (len(request.classes), self.config.denoiser.embedding_dim)
         if tuple(request.embeddings.shape) != expected:
             raise InvalidInputError("classes", f"embeddings are {tuple(request.embeddings.shape)}, expected {expected}")
@@ -288,6 +346,55 @@ class Generator:
                 f"guidance_scale is {scale}: this checkpoint was trained without condition dropout, only 1 is allowed",
             )
 
+    def begin(self, request: GenerationRequest) -> Sample:
+        """Begin a request's reverse diffusion; `advance` moves it on.
+
+        Raises:
+            InvalidInputError: see `check`.
+        """
+        self.check(request)
+        embeddings = self._condition_embeddings(request).float()  # (K, D)
+        # Few different shapes, so that equal ones are common: see `sampling.advance`.
+        capacity = -(-len(embeddings) // CLASS_MULTIPLE) * CLASS_MULTIPLE
+        padded, mask = pad_embeddings([embeddings], capacity)  # (1, K, D), (1, K)
+        emphasis = None
+        if request.emphasis is not None:
+            emphasis = pad_embeddings([request.emphasis.float()[:, None]], capacity)[0][..., 0]  # (1, K)
+        condition = condition_on_classes(padded, mask, emphasis)
+        given = None if request.given is None else request.given.detach().cpu()  # (P,)
+        schedule = self.config.schedule
+        start = choose_start(self.config.head, self._space_on_cpu, schedule, given, request.strength)
+        if self.config.denoiser.reads_given:
+            condition = replace(condition, given=heads_to_read([start], self.config.head.num_parameters))
+        source = torch.Generator().manual_seed(request.seed)
+        noise = torch.randn(self.config.head.num_parameters, generator=source)  # (P,)
+        noisy = start.sample(schedule, noise).to(self.device)  # (P,)
+        plan = make_plan(request.sampler, request.steps, schedule, start.timestep)
+        return Sample(request, start, plan, source, condition.to(self.device), noisy, torch.zeros_like(noisy))
+
+    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
+        """Make the next denoiser call of each sample, all in one.
+
+        Args:
+            samples: at least one, none of them done; they may differ in everything.
+            rows: size of the call, at least the number of samples; that number where not given.
+
+        Raises:
+            Whatever the device raises; then no sample has moved, and the call may be made again.
+        """
+        with self._lock, torch.inference_mode():
+            advance(samples, self._denoiser, self.config.schedule, self.config.prediction, rows or len(samples))
+
+    def finish(self, sample: Sample) -> HeadArtifact:
+        """The head of a sample that is done."""
+        weights = self._space.restore(sample.noisy[None])[0].cpu()  # (P,)
+        return self._to_artifact(sample.request, sample.start.finish(self.config.head, weights))
+
+    def preview(self, sample: Sample) -> HeadArtifact:
+        """The head that the last denoiser call of a sample estimated, to watch a sampler at work."""
+        weights = self._space.restore(sample.estimate[None])[0].cpu()  # (P,)
+        return self._to_artifact(sample.request, sample.start.finish(self.config.head, weights))
+
     def generate_batch(
         self,
         requests: Sequence[GenerationRequest],
@@ -307,78 +414,26 @@ class Generator:
         Raises:
             InvalidInputError: see `check`.
         """
-        for request in requests:
-            self.check(request)
-        texts = [self._condition_embeddings(request).float() for request in requests]  # B of (K, D)
-        padded, mask = pad_embeddings(texts)  # (B, K, D), (B, K)
-        condition = condition_on_classes(padded, mask)
-        starts = [self._start(request) for request in requests]
-        if self.config.denoiser.reads_given:
-            condition = replace(condition, given=heads_to_read(starts, self.config.head.num_parameters))
-        with self._lock, torch.inference_mode():
-            standardised = self._sample(requests, starts, condition.to(self.device), on_step, on_call)  # (B, P)
-            weights = self._space.restore(standardised).cpu()  # (B, P)
-        answers = [start.finish(self.config.head, row) for start, row in zip(starts, weights, strict=True)]  # B x (P,)
-        return [self._to_artifact(request, answer) for request, answer in zip(requests, answers, strict=True)]
-
-    def _start(self, request: GenerationRequest) -> Start:
-        given = None if request.given is None else request.given.detach().cpu()  # (P,)
-        return choose_start(self.config.head, self._space_on_cpu, self.config.schedule, given, request.strength)
-
-    def _sample(
-        self,
-        requests: Sequence[GenerationRequest],
-        starts: Sequence[Start],
-        condition: Condition,
-        on_step: Callable[[int], None] | None,
-        on_call: Callable[[DenoiserCall], None] | None,
-    ) -> Tensor:
-        """Run every request's sampler from its start to an estimate, (B, P) in the standardised space."""
-        schedule, prediction = self.config.schedule, self.config.prediction
-        plans = [
-            make_plan(request.sampler, request.steps, schedule, start.timestep)
-            for request, start in zip(requests, starts, strict=True)
-        ]
-        sources = [torch.Generator().manual_seed(request.seed) for request in requests]
-        scales = torch.tensor([request.guidance_scale for request in requests])  # (B,)
-        noisy = torch.stack(
-            [start.sample(schedule, self._noise(source)) for start, source in zip(starts, sources, strict=True)]
-        ).to(self.device)  # (B, P)
-        previous = torch.zeros_like(noisy)  # (B, P) the last estimates, for multistep samplers
-        for call in range(max(len(plan) for plan in plans)):
-            active = [i for i, plan in enumerate(plans) if call < len(plan)]
-            index = torch.tensor(active, device=self.device)
-            steps = [plans[i][call] for i in active]
-            timesteps = torch.tensor([step.timestep for step in steps], device=self.device)  # (b,)
-            guidance = scales[active].to(self.device) if bool((scales[active] != 1).any()) else None  # (b,)
-            _, clean = schedule.run_denoiser(
-                self._denoiser, prediction, noisy[index], timesteps, condition.select(index), guidance
-            )  # (b, P)
+        samples = [self.begin(request) for request in requests]
+        for call in range(1, max(len(sample.plan) for sample in samples) + 1):
+            active = [i for i, sample in enumerate(samples) if not sample.done]
+            timesteps = torch.tensor([samples[i].step.timestep for i in active])  # (b,)
+            before = [samples[i].noisy for i in active]  # b of (P,)
+            self.advance([samples[i] for i in active])
             if on_call is not None:
-                samples, estimates = (self._space.restore(x).cpu() for x in (noisy[index], clean))  # (b, P)
-                on_call(DenoiserCall(tuple(active), timesteps.cpu(), samples, estimates))
-            draws = torch.stack(
-                [
-                    self._noise(sources[i]) if step.noise else torch.zeros(noisy.shape[1])
-                    for i, step in zip(active, steps, strict=True)
-                ]
-            )
-            noisy[index] = take_steps(steps, noisy[index], clean, previous[index], draws.to(self.device))
-            previous[index] = clean
+                estimates = [samples[i].estimate for i in active]  # b of (P,)
+                shown = [self._space.restore(torch.stack(rows)).cpu() for rows in (before, estimates)]  # 2 x (b, P)
+                on_call(DenoiserCall(tuple(active), timesteps, *shown))
             if on_step is not None:
-                on_step(call + 1)
-        return noisy
-
-    def _noise(self, source: torch.Generator) -> Tensor:
-        # Drawn on the CPU, one generator per request: the same numbers on every device and in any batch.
-        return torch.randn(self.config.head.num_parameters, generator=source)  # (P,)
+                on_step(call)
+        return [self.finish(sample) for sample in samples]
 
     def _to_artifact(self, request: GenerationRequest, weights: Tensor) -> HeadArtifact:
         tensors = {name: tensor.clone() for name, tensor in self.config.head.unflatten(weights).items()}
         metadata = {
             "format": FORMAT,
             "classes": json.dumps(list(request.classes), ensure_ascii=False),
-            "template": self.config.template,
+            "template": request.template or self.config.template,
             "logit_scale": repr(self.config.logit_scale),
             "activation": self.config.head.activation,
             "seed": str(request.seed),

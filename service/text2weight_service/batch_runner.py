@@ -102,19 +102,15 @@ class BatchRunner:
         if isinstance(error, InvalidInputError | DeadlineError):
             item.future.set_exception(error)
             return False
-        log.error("generation failed", request_id=item.request_id, exc_info=error)
+        log.error("generation failed", request_id=item.work.job.request_id, exc_info=error)
         item.future.set_exception(GenerationFailedError())
         return True
 
     def _compute(self, items: Sequence[WorkItem]) -> None:
         """Compute all items together and resolve them; on an error none of them is resolved."""
         taken_at = time.monotonic()
-        embeddings, encoded = self._embed(items)
+        requests, encoded = self._embed(items)
         encoded_at = time.monotonic()
-        requests = [
-            GenerationRequest(item.classes, rows, item.seed, item.steps, item.sampler)
-            for item, rows in zip(items, embeddings, strict=True)
-        ]
         artifacts = self._model.generate_batch(requests, on_step=self._stop_if_unwanted(items))
         sampled_at = time.monotonic()
         results = [
@@ -123,7 +119,7 @@ class BatchRunner:
                 queue_s=taken_at - item.queued_at,
                 encode_s=encoded_at - taken_at,
                 sample_s=sampled_at - encoded_at,
-                encoded={prompt: encoded[prompt] for prompt in item.prompts if prompt in encoded},
+                encoded={text: encoded[text] for text in item.work.texts if text in encoded},
             )
             for item, artifact in zip(items, artifacts, strict=True)
         ]
@@ -135,26 +131,26 @@ class BatchRunner:
         self._metrics.batch_size.observe(len(items))
         self._metrics.heads.inc(len(items))
 
-    def _embed(self, items: Sequence[WorkItem]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Embed the prompts of all items, each distinct unknown prompt once.
+    def _embed(self, items: Sequence[WorkItem]) -> tuple[list[GenerationRequest], dict[str, Tensor]]:
+        """Embed the texts of all items, each distinct unknown text once.
 
         Returns:
-            one (K, D) tensor per item, and the rows (D,) that had to be computed, by prompt.
+            one request per item, and the rows (D,) that had to be computed, by text.
         """
         known: dict[str, Tensor] = {}
         for item in items:
             known.update(item.known)
-        unknown = dict.fromkeys(prompt for item in items for prompt in item.prompts if prompt not in known)
+        unknown = dict.fromkeys(text for item in items for text in item.work.texts if text not in known)
         known.update(self._memory.get(unknown))  # an earlier batch may have computed some since admission
-        missing = [prompt for prompt in unknown if prompt not in known]
+        missing = [text for text in unknown if text not in known]
         encoded: dict[str, Tensor] = {}
         if missing:
             rows = self._model.text_encoder.encode(missing)  # (n, D)
             # Copies, because a row of the result would keep the whole result alive in the cache.
-            encoded = {prompt: row.clone() for prompt, row in zip(missing, rows, strict=True)}
+            encoded = {text: row.clone() for text, row in zip(missing, rows, strict=True)}
             self._memory.put(encoded)
             known.update(encoded)
-        return [torch.stack([known[prompt] for prompt in item.prompts]) for item in items], encoded
+        return [item.work.fill_in(known) for item in items], encoded
 
     def _stop_if_unwanted(self, items: Sequence[WorkItem]) -> Callable[[int], None]:
         def on_step(_: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import structlog
@@ -130,7 +130,7 @@ class EmbeddingCache:
         self._dim = dim
         self._metrics = metrics
 
-    async def lookup(self, prompts: list[str]) -> dict[str, Tensor]:
+    async def lookup(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The known ones among the prompts, each (D,)."""
         found = self._memory.get(prompts)
         unknown = [prompt for prompt in prompts if prompt not in found]

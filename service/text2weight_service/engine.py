@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 import structlog
-import torch
 
-from text2weight.generator import GenerationRequest
 from text2weight_service.batch_runner import BatchRunner
 from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, RedisCache
+from text2weight_service.job import Job, plan_work
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model, load_model
 from text2weight_service.settings import Settings
@@ -50,27 +49,6 @@ class BusyError(Exception):
         super().__init__(f"{waiting} requests are waiting")
         self.waiting = waiting
         self.retry_after_s = retry_after_s
-
-
-@dataclass(frozen=True)
-class Job:
-    """One request for a head, its input already normalised.
-
-    Attributes:
-        request_id: for log lines.
-        classes: normalised class names.
-        seed: of the reverse diffusion.
-        steps: denoiser calls; None takes the checkpoint's.
-        sampler: likewise.
-        deadline: `time.monotonic()` at which the caller gives up.
-    """
-
-    request_id: str
-    classes: tuple[str, ...]
-    seed: int
-    steps: int | None
-    sampler: str | None
-    deadline: float
 
 
 @dataclass(frozen=True)
@@ -151,15 +129,11 @@ class Engine:
             GenerationFailedError: the model failed on this request.
         """
         loaded = self._require_ready()
-        prompts = loaded.model.prompts(job.classes)
-        sampler, steps = loaded.model.resolve_sampling(job.sampler, job.steps)
-        unknown = torch.empty(len(prompts), loaded.model.text_encoder.embedding_dim)  # (K, D) only its shape is read
-        loaded.model.check(GenerationRequest(job.classes, unknown, job.seed, steps, sampler))
+        work = plan_work(loaded.model, job)
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
                 with self._queue.place() as place:
-                    known = await loaded.cache.lookup(prompts)
-                    item = WorkItem(job.request_id, job.classes, prompts, known, job.seed, steps, sampler, job.deadline)
+                    item = WorkItem(work, await loaded.cache.lookup(work.texts))
                     place.submit(item)
                     result = await asyncio.wrap_future(item.future)
         except QueueFullError:

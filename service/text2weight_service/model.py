@@ -74,8 +74,8 @@ class Model(Protocol):
         """Embeds prompts."""
         ...
 
-    def prompts(self, classes: Sequence[str]) -> list[str]:
-        """One prompt per class name."""
+    def prompts(self, classes: Sequence[str], template: str | None = None) -> list[str]:
+        """One prompt per class name; raises InvalidInputError for a template that is none."""
         ...
 
     def resolve_sampling(self, sampler: str | None, steps: int | None) -> tuple[str, int]:

@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect
 
 from text2weight.condition import normalise_class_names
 from text2weight.errors import InvalidInputError
-from text2weight_service.engine import Engine, Job, Phase
+from text2weight_service.engine import Engine, Phase
+from text2weight_service.job import Job
 from text2weight_service.problems import MEDIA_TYPE, Kind, ProblemError, invalid_body, not_ready_problem
 from text2weight_service.schemas import GenerateRequest, Health, Info, describe_service
 from text2weight_service.work_queue import Generated

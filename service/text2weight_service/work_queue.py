@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from text2weight_service.job import Work
+
 
 class QueueFullError(Exception):
     """As many requests wait as are allowed."""
@@ -34,7 +36,7 @@ class Generated:
         queue_s: time the request waited for the model, seconds.
         encode_s: time of its batch in the text encoder, seconds.
         sample_s: time of its batch in the reverse diffusion, seconds.
-        encoded: embeddings (D,) by prompt that were computed for it, for the shared cache.
+        encoded: embeddings (D,) by text that were computed for it, for the shared cache.
     """
 
     data: bytes
@@ -49,29 +51,22 @@ class WorkItem:
     """One request on its way through the model.
 
     Attributes:
-        request_id: for log lines.
-        classes: normalised class names.
-        prompts: one prompt per class.
-        known: embeddings (D,) by prompt that the caches already held.
-        seed: of the reverse diffusion.
-        steps: number of denoiser calls.
-        sampler: name of the sampler.
-        deadline: `time.monotonic()` after which nobody wants the result.
+        work: what is computed.
+        known: embeddings (D,) by text that the caches already held.
         future: receives the result or an error, exactly once.
         abandoned: set when nobody waits any more; a running batch stops when all of its items are abandoned.
     """
 
-    request_id: str
-    classes: tuple[str, ...]
-    prompts: list[str]
+    work: Work
     known: Mapping[str, Tensor]
-    seed: int
-    steps: int
-    sampler: str
-    deadline: float
     future: Future[Generated] = field(default_factory=Future)
     abandoned: bool = False
     queued_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        """`time.monotonic()` after which nobody wants the result."""
+        return self.work.job.deadline
 
     def start(self) -> bool:
         """Claim the item for the model; False when it was cancelled or, with an error, when it is too late."""

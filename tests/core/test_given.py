@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny import TINY_SPEC, save_tiny_checkpoint, tiny_condition, tiny_denoiser, tiny_space
 from text2weight import GenerationRequest, Generator, HeadArtifact
-from text2weight.condition import Condition, GivenHeads
+from text2weight.condition import Condition, GivenHeads, stack_conditions
 from text2weight.denoiser import Denoiser, DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.head import HeadSpec
@@ -106,7 +106,7 @@ def test_sample_and_given_head_permute_together() -> None:
 def test_given_heads_stay_with_their_items() -> None:
     condition = with_given(tiny_condition(), heads(6), True, False, True)
     chosen = condition.select(torch.tensor([2, 1]))
-    joined = condition.to("cpu").join(condition.drop(torch.tensor([True, True, True])))
+    joined = stack_conditions([condition.to("cpu"), condition.drop(torch.tensor([True, True, True]))])
     assert chosen.given is not None
     assert joined.given is not None
     assert torch.equal(chosen.given.weights, heads(6)[[2, 1]])

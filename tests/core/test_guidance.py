@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.tiny import TINY_SPEC, save_tiny_checkpoint, tiny_condition, tiny_denoiser
 from text2weight import GenerationRequest, Generator, HeadArtifact, read_head
-from text2weight.condition import Condition
+from text2weight.condition import Condition, stack_conditions
 from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.errors import InvalidInputError
@@ -51,7 +51,7 @@ def test_dropping_and_joining_conditions() -> None:
     assert not bool(dropped.pooled[[0, 2]].any() or dropped.tokens[[0, 2]].any())
     assert torch.equal(dropped.pooled[1], condition.pooled[1])
     assert torch.equal(dropped.tokens[1], condition.tokens[1])
-    joined = condition.join(dropped)
+    joined = stack_conditions([condition, dropped])
     assert joined.count.tolist() == [2, 5, 3, 0, 5, 0]
     assert torch.equal(joined.select(torch.arange(3)).tokens, condition.tokens)
 

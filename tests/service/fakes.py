@@ -80,8 +80,8 @@ class FakeModel:
         self.lost = False
         self.steps_made = 0
 
-    def prompts(self, classes: Sequence[str]) -> list[str]:
-        return [self.config.template.format(name) for name in classes]
+    def prompts(self, classes: Sequence[str], template: str | None = None) -> list[str]:
+        return [(template or self.config.template).format(name) for name in classes]
 
     def resolve_sampling(self, sampler: str | None, steps: int | None) -> tuple[str, int]:
         return sampler or "mean", steps or 1

@@ -1,0 +1,105 @@
+"""Requests on their way through the reverse diffusion, each at a step of its own plan.
+
+Items join and leave a batch between two denoiser calls, so one with few calls never waits for one with many.
+Letters: B items of a batch, R rows of a denoiser call, K classes, P numbers in one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from text2weight.condition import Condition, stack_conditions
+from text2weight.diffusion import NoiseSchedule, Prediction
+from text2weight.enhancement import Start
+from text2weight.samplers import Step, take_steps
+
+if TYPE_CHECKING:
+    from text2weight.generator import GenerationRequest
+
+Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
+
+
+@dataclass(eq=False)
+class Sample:
+    """One request and how far its reverse diffusion is. It belongs to one caller; `advance` moves it on.
+
+    Attributes:
+        request: what is generated.
+        start: where its reverse diffusion began.
+        plan: one step for each denoiser call.
+        source: of its noise; no other item draws from it.
+        condition: of this item alone, on the denoiser's device.
+        noisy: (P,) x_n, on the device.
+        estimate: (P,) of x_0 by the last call, zeros before the first; on the device.
+        calls: how many denoiser calls were made.
+        drawn: (P,) noise of the present step, kept until the step is made: a call that fails and is made again draws
+            nothing new.
+    """
+
+    request: GenerationRequest
+    start: Start
+    plan: tuple[Step, ...]
+    source: torch.Generator
+    condition: Condition
+    noisy: Tensor
+    estimate: Tensor
+    calls: int = 0
+    drawn: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether no denoiser call is left."""
+        return self.calls == len(self.plan)
+
+    @property
+    def step(self) -> Step:
+        """The step that the next call makes."""
+        return self.plan[self.calls]
+
+    def draw(self) -> Tensor:
+        """The noise of the next step, (P,) on the CPU: the same numbers on every device and in any batch."""
+        if not self.step.noise:
+            return torch.zeros(self.noisy.shape)
+        if self.drawn is None:
+            self.drawn = torch.randn(self.noisy.shape, generator=self.source)
+        return self.drawn
+
+
+def advance(
+    samples: Sequence[Sample], denoiser: Denoiser, schedule: NoiseSchedule, prediction: Prediction, rows: int
+) -> None:
+    """Make the next denoiser call of each of B samples, in one call of R rows.
+
+    Args:
+        samples: at least one, none of them done.
+        denoiser: the network.
+        schedule: its noise schedule.
+        prediction: what it predicts.
+        rows: R, at least B; the rows above B repeat the first sample and are thrown away. Equal shapes give an item
+            the same bits whatever its neighbours are.
+
+    Raises:
+        Whatever the network raises; then no sample has moved.
+    """
+    padded = [*samples, *[samples[0]] * (rows - len(samples))]
+    device = samples[0].noisy.device
+    noisy = torch.stack([sample.noisy for sample in padded])  # (R, P)
+    timesteps = torch.tensor([sample.step.timestep for sample in padded], device=device)  # (R,)
+    scales = torch.tensor([sample.request.guidance_scale for sample in padded])  # (R,)
+    guidance = scales.to(device) if bool((scales != 1).any()) else None
+    condition = stack_conditions([sample.condition for sample in padded])
+    _, clean = schedule.run_denoiser(denoiser, prediction, noisy, timesteps, condition, guidance)  # (R, P)
+    count = len(samples)
+    previous = torch.stack([sample.estimate for sample in samples])  # (B, P)
+    draws = torch.stack([sample.draw() for sample in samples]).to(device)  # (B, P)
+    moved = take_steps([sample.step for sample in samples], noisy[:count], clean[:count], previous, draws)  # (B, P)
+    for sample, row, estimate in zip(samples, moved, clean, strict=False):  # clean's padding is left over
+        # Rows of their own: a view would keep the whole batch alive.
+        sample.noisy, sample.estimate = row.clone(), estimate.clone()
+        sample.drawn = None
+        sample.calls += 1

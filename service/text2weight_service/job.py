@@ -1,0 +1,119 @@
+"""What a caller asks of the engine, and what has to be embedded and computed for it.
+
+Letters: K classes, D embedding size, P numbers in one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from text2weight.descriptions import Descriptions, describe_classes, match_descriptions
+from text2weight.generator import GenerationRequest
+from text2weight_service.model import Model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request for a head, its input already normalised.
+
+    Attributes:
+        request_id: for log lines.
+        classes: normalised class names.
+        seed: of the reverse diffusion.
+        steps: denoiser calls; None takes the checkpoint's.
+        sampler: likewise.
+        deadline: `time.monotonic()` at which the caller gives up.
+        template: of the classes' prompts; None takes the checkpoint's.
+        guidance_scale: of classifier-free guidance.
+        descriptions: of every class, which the denoiser reads in place of the prompts, or None.
+        describe_classifier: make the class embeddings from the descriptions, too.
+        emphasis: a factor of each class's share in the pooled condition, or None.
+        given: (P,) the head to enhance, or None.
+        strength: how far the given head is noised.
+    """
+
+    request_id: str
+    classes: tuple[str, ...]
+    seed: int
+    steps: int | None
+    sampler: str | None
+    deadline: float
+    template: str | None = None
+    guidance_scale: float = 1.0
+    descriptions: Descriptions | None = None
+    describe_classifier: bool = False
+    emphasis: Tensor | None = None
+    given: Tensor | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job that the model has accepted.
+
+    Attributes:
+        job: what was asked for.
+        prompts: one for each class.
+        texts: every text that has to be embedded, each once: prompts and descriptions.
+        request: what is computed, with embeddings that are yet to be filled in.
+    """
+
+    job: Job
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+    request: GenerationRequest
+
+    def fill_in(self, rows: Mapping[str, Tensor]) -> GenerationRequest:
+        """The request with its embeddings, from rows (D,) of all its texts."""
+        embeddings = torch.stack([rows[prompt] for prompt in self.prompts])  # (K, D)
+        request = replace(self.request, embeddings=embeddings)
+        if self.job.descriptions is None:
+            return request
+        encoder = _KnownTexts(rows, embeddings.shape[1])
+        text = describe_classes(self.job.descriptions, self.job.classes, encoder, self.job.describe_classifier)
+        return replace(request, condition_text=text, embeddings=text.embeddings if text.in_classifier else embeddings)
+
+
+def plan_work(model: Model, job: Job) -> Work:
+    """Find out what a job needs.
+
+    Raises:
+        InvalidInputError: the model refuses it; `field` says which part.
+    """
+    prompts = tuple(model.prompts(job.classes, job.template))
+    sampler, steps = model.resolve_sampling(job.sampler, job.steps)
+    unknown = torch.empty(len(prompts), model.text_encoder.embedding_dim)  # (K, D) only its shape is read
+    request = GenerationRequest(
+        job.classes,
+        unknown,
+        job.seed,
+        steps,
+        sampler,
+        guidance_scale=job.guidance_scale,
+        given=job.given,
+        strength=job.strength,
+        emphasis=job.emphasis,
+        template=job.template,
+    )
+    model.check(request)
+    described = () if job.descriptions is None else match_descriptions(job.descriptions, job.classes)
+    texts = dict.fromkeys([*prompts, *(text for own in described for text in own)])
+    return Work(job, prompts, tuple(texts), request)
+
+
+class _KnownTexts:
+    """A text encoder of texts whose rows (D,) are there already."""
+
+    name = "cache"
+    fingerprint = ""
+
+    def __init__(self, rows: Mapping[str, Tensor], embedding_dim: int) -> None:
+        self._rows = rows
+        self.embedding_dim = embedding_dim
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        return torch.stack([self._rows[text] for text in texts])  # (n, D)
