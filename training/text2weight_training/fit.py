@@ -40,6 +40,7 @@ from text2weight_training.splits import draw_fresh_tasks, training_center, train
 from text2weight_training.stacked import cosine_decay
 from text2weight_training.symmetry import draw_orders, permute_each
 from text2weight_training.tasks import PADDING, ConditionTexts, TaskData, TaskSplit, pad_tasks
+from text2weight_training.teacher import teacher_answers
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
 
@@ -120,7 +121,9 @@ class Fit:
             preset.prediction,
             preset.logit_scale,
             preset.fit.label_smoothing,
+            preset.fit.teacher.share if preset.fit.teacher else 0.0,
         )
+        self._answers = self._ask_teacher(zoo.split)
         self.adversary: Adversary | None = None
         if preset.fit.adversarial_weight:
             size, limit = self._zoo_clean.shape[1], float(self._zoo_clean.abs().max())
@@ -150,6 +153,22 @@ class Fit:
                         progress.console.print(self._describe(losses), soft_wrap=True)
                 progress.update(bar, completed=done, description=f"fit step {self.state.step}")
         self.save()
+
+    def _ask_teacher(self, split: TaskSplit) -> Tensor | None:
+        """A teacher's logits for all training features (N, C), where the preset has one; trained on first use."""
+        settings = self.preset.fit.teacher
+        if settings is None:
+            return None
+        with self._accelerator.main_process_first(), Progress(disable=not self._accelerator.is_main_process) as bar:
+            task = bar.add_task("teacher", total=1.0)
+            return teacher_answers(
+                self._data,
+                split,
+                settings,
+                self.preset.seed,
+                self._state_file.with_name("teacher.safetensors"),
+                lambda done: bar.update(task, completed=done),
+            ).to(self._accelerator.device)
 
     def _progress(self, minutes: float | None) -> float:
         if minutes is None:
@@ -223,6 +242,7 @@ class Fit:
             samples,
             generator,
             settings.feature_dropout,
+            self._answers if samples else None,
         )
         start = torch.randn(fresh, clean.shape[1], generator=generator).to(device)  # (b, P)
         noise = torch.randn(len(tasks), clean.shape[1], generator=generator).to(device)  # (B, P)

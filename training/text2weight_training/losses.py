@@ -31,6 +31,7 @@ class TaskBatch:
         mask: (B, K) bool.
         features: (B, n, d) samples of the tasks' classes.
         targets: (B, n) their class, as a position within the task.
+        answers: (B, n, K) a teacher's logits for the samples, -inf at padding; None without a teacher.
     """
 
     condition: Condition
@@ -38,11 +39,17 @@ class TaskBatch:
     mask: Tensor
     features: Tensor
     targets: Tensor
+    answers: Tensor | None = None
 
     def select(self, index: Tensor) -> TaskBatch:
         """The items at `index` (b,)."""
         return TaskBatch(
-            self.condition.select(index), self.text[index], self.mask[index], self.features[index], self.targets[index]
+            self.condition.select(index),
+            self.text[index],
+            self.mask[index],
+            self.features[index],
+            self.targets[index],
+            None if self.answers is None else self.answers[index],
         )
 
     def drop_condition(self, dropped: Tensor) -> TaskBatch:
@@ -58,17 +65,33 @@ def make_task_batch(
     samples: int,
     generator: torch.Generator,
     feature_dropout: float = 0.0,
+    answers: Tensor | None = None,
 ) -> TaskBatch:
     """Gather what tasks (B, K) are scored against and conditioned on, both (C, D), and draw feature samples.
 
-    `feature_dropout` is the share of the samples' numbers that are dropped.
+    `feature_dropout` is the share of the samples' numbers that are dropped; `answers` (N, C) are a teacher's logits
+    for all features.
     """
     text, mask = task_embeddings(embeddings, tasks)
     read, _ = task_embeddings(condition_embeddings, tasks)
-    drawn, targets = features.sample(tasks, samples, generator)  # (B, n, d), (B, n)
+    rows, targets = features.draw(tasks, samples, generator)  # (B, n)
+    drawn = features.features[rows]  # (B, n, d)
     if feature_dropout:
         drop_features(drawn, feature_dropout, generator)
-    return TaskBatch(condition_on_classes(read, mask), text, mask, drawn, targets)
+    own = None
+    if answers is not None:
+        columns = tasks.clamp(min=0).unsqueeze(1).expand(-1, samples, -1)  # (B, n, K)
+        own = answers[rows.unsqueeze(-1), columns].float().masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return TaskBatch(condition_on_classes(read, mask), text, mask, drawn, targets, own)
+
+
+def distillation(logits: Tensor, answers: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (B, n, K) against a teacher's softmax over its own (B, n, K).
+
+    Both are -inf where the mask (B, K) is False.
+    """
+    likelihood = logits.log_softmax(-1).masked_fill(~mask.unsqueeze(1), 0)  # (B, n, K)
+    return -(answers.softmax(-1) * likelihood).sum(-1).mean()
 
 
 @dataclass(frozen=True)
@@ -100,14 +123,24 @@ class DenoisingLosses:
     prediction: Prediction
     logit_scale: float
     label_smoothing: float = 0.0
+    teacher_share: float = 0.0
 
     def task(self, clean: Tensor, batch: TaskBatch) -> Tensor:
-        """L_task: cross-entropy of the heads decoded from estimates of x_0 (B, P), on real features."""
+        """L_task: cross-entropy of the heads decoded from estimates of x_0 (B, P), on real features.
+
+        Against the labels, and, for `teacher_share` of it, against a teacher's softmax over the task's classes.
+        """
         weights = self.space.restore(clean)  # (B, P)
         logits = stacked_logits(
             self.spec, weights, batch.features, batch.text, self.logit_scale, batch.mask
         )  # (B, n, K)
-        return smoothed_cross_entropy(logits, batch.targets, batch.mask, self.label_smoothing)
+        share = self.teacher_share if batch.answers is not None else 0.0
+        loss = torch.zeros((), device=logits.device)
+        if share < 1:
+            loss = (1 - share) * smoothed_cross_entropy(logits, batch.targets, batch.mask, self.label_smoothing)
+        if share and batch.answers is not None:
+            loss = loss + share * distillation(logits, batch.answers, batch.mask)
+        return loss
 
     def denoise(
         self, denoiser: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition

@@ -28,6 +28,7 @@ from text2weight.weight_space import Scaling
 from text2weight_training.files import TrainingDataError
 from text2weight_training.stacked import HeadRecipe, RegularisingShare
 from text2weight_training.suites.settings import SuitesSettings
+from text2weight_training.teacher import TeacherSettings
 
 
 class _Strict(BaseModel):
@@ -105,6 +106,7 @@ class FitSettings(_Strict):
         samples: feature samples per task for the task loss.
         label_smoothing: of the task loss's targets; against fitting the training features too closely.
         feature_dropout: share of each sample's numbers that are dropped; likewise.
+        teacher: a wide classifier whose answers are the task loss's targets, see `teacher.py`; none by default.
         diffusion_weight: factor of the diffusion loss.
         task_weight: factor of the task loss.
         symmetry_weight: factor of the equivariance loss.
@@ -128,6 +130,7 @@ class FitSettings(_Strict):
     samples: PositiveInt = 128
     label_smoothing: RegularisingShare = 0.0
     feature_dropout: RegularisingShare = 0.0
+    teacher: TeacherSettings | None = Field(default=None, exclude_if=lambda teacher: teacher is None)
     diffusion_weight: NonNegativeFloat = 1.0
     task_weight: NonNegativeFloat = 1.0
     symmetry_weight: NonNegativeFloat = 0.0
@@ -249,6 +252,8 @@ class Preset(_Strict):
                 f"fit.given_share {fit.given_share} trains the reading of given heads, and denoiser.reads_given is "
                 f"{str(denoiser.reads_given).lower()}: set both or neither"
             )
+        if fit.teacher is not None and not fit.task_weight:
+            raise ValueError("fit.teacher without fit.task_weight teaches nothing: set both or neither")
         if fit.given_share and (fit.permute_units or fit.symmetry_weight):
             raise ValueError(
                 "fit.given_share goes with neither fit.permute_units nor fit.symmetry_weight: a given head is read "

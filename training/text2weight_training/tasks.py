@@ -66,14 +66,18 @@ class ClassFeatures:
         Returns:
             features (M, n, d), of the stored type, and targets (M, n), positions within the task.
         """
+        rows, targets = self.draw(tasks, count, generator)  # (M, n)
+        return self.features[rows], targets
+
+    def draw(self, tasks: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """As `sample`, but the samples' rows (M, n) in place of their features."""
         device = self.features.device
         sizes = (tasks != PADDING).sum(1, keepdim=True)  # (M, 1)
         draws = torch.rand(2, len(tasks), count, generator=generator).to(device)  # (2, M, n)
         targets = (draws[0] * sizes).long()  # (M, n)
         labels = tasks.gather(1, targets)  # (M, n)
         first, last = self.starts[labels], self.starts[labels + 1]
-        rows = first + (draws[1] * (last - first)).long()  # (M, n)
-        return self.features[rows], targets
+        return first + (draws[1] * (last - first)).long(), targets
 
     def of_task(self, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
         """All features of a task's classes: (N', d) fp32 and targets (N',), positions within the task."""
