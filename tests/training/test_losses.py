@@ -94,7 +94,7 @@ def test_label_smoothing_spreads_over_the_classes_a_task_has() -> None:
     mask = torch.tensor([[True, True, False]])
     found = smoothed_cross_entropy(logits, torch.tensor([[1]]), mask, 0.2)
     assert found.item() == pytest.approx(-0.9 * math.log(0.75) - 0.1 * math.log(0.25), rel=1e-6)
-    found.backward()
+    found.sum().backward()
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad[0, 0], torch.tensor([0.25 - 0.1, 0.75 - 0.9, 0.0]))
 

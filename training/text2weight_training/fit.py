@@ -32,6 +32,7 @@ from text2weight.generator import BUNDLED_CONDITION_TEXT, BUNDLED_TEXT_ENCODER, 
 from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
 from text2weight_training.adversary import Adversary
+from text2weight_training.class_mixing import draw_class_mixing
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.given import GivenDraws, draw_given, partly_trained
 from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
@@ -233,7 +234,12 @@ class Fit:
             ).to(device)
             tasks = _stack_tasks(tasks, drawn)  # (B, K), zoo items first
         samples = settings.samples if settings.task_weight else 0
-        data = self._data
+        data, mixing = self._data, None
+        if settings.class_mixing:
+            is_fresh = torch.arange(len(tasks), device=device) >= len(clean)  # (B,)
+            mixing = draw_class_mixing(
+                tasks, is_fresh, len(data.classes), self._split.held_out, settings.class_mixing, generator
+            )
         batch = make_task_batch(
             tasks,
             data.embeddings,
@@ -243,6 +249,7 @@ class Fit:
             generator,
             settings.feature_dropout,
             self._answers if samples else None,
+            mixing,
         )
         start = torch.randn(fresh, clean.shape[1], generator=generator).to(device)  # (b, P)
         noise = torch.randn(len(tasks), clean.shape[1], generator=generator).to(device)  # (B, P)

@@ -16,6 +16,7 @@ from text2weight.condition import Condition, condition_on_classes
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.head import HeadSpec
 from text2weight.weight_space import WeightSpace
+from text2weight_training.class_mixing import ClassMixing
 from text2weight_training.stacked import drop_features, smoothed_cross_entropy, stacked_logits
 from text2weight_training.symmetry import equivariance_loss, permute_each
 from text2weight_training.tasks import ClassFeatures, task_embeddings
@@ -32,6 +33,7 @@ class TaskBatch:
         features: (B, n, d) samples of the tasks' classes.
         targets: (B, n) their class, as a position within the task.
         answers: (B, n, K) a teacher's logits for the samples, -inf at padding; None without a teacher.
+        taught: (B,) bool, the tasks that the teacher knows the classes of; None without a teacher.
     """
 
     condition: Condition
@@ -40,6 +42,7 @@ class TaskBatch:
     features: Tensor
     targets: Tensor
     answers: Tensor | None = None
+    taught: Tensor | None = None
 
     def select(self, index: Tensor) -> TaskBatch:
         """The items at `index` (b,)."""
@@ -50,6 +53,7 @@ class TaskBatch:
             self.features[index],
             self.targets[index],
             None if self.answers is None else self.answers[index],
+            None if self.taught is None else self.taught[index],
         )
 
     def drop_condition(self, dropped: Tensor) -> TaskBatch:
@@ -66,32 +70,38 @@ def make_task_batch(
     generator: torch.Generator,
     feature_dropout: float = 0.0,
     answers: Tensor | None = None,
+    mixing: ClassMixing | None = None,
 ) -> TaskBatch:
     """Gather what tasks (B, K) are scored against and conditioned on, both (C, D), and draw feature samples.
 
     `feature_dropout` is the share of the samples' numbers that are dropped; `answers` (N, C) are a teacher's logits
-    for all features.
+    for all features; `mixing` puts classes between others in the place of some.
     """
     text, mask = task_embeddings(embeddings, tasks)
     read, _ = task_embeddings(condition_embeddings, tasks)
     rows, targets = features.draw(tasks, samples, generator)  # (B, n)
     drawn = features.features[rows]  # (B, n, d)
+    if mixing is not None:
+        text, read = mixing.mix_text(embeddings, text, mask), mixing.mix_text(condition_embeddings, read, mask)
+        drawn = mixing.mix_features(drawn, targets, features, generator)
     if feature_dropout:
         drop_features(drawn, feature_dropout, generator)
-    own = None
+    own = taught = None
     if answers is not None:
         columns = tasks.clamp(min=0).unsqueeze(1).expand(-1, samples, -1)  # (B, n, K)
         own = answers[rows.unsqueeze(-1), columns].float().masked_fill(~mask.unsqueeze(1), float("-inf"))
-    return TaskBatch(condition_on_classes(read, mask), text, mask, drawn, targets, own)
+        everyone = torch.ones(len(tasks), dtype=torch.bool, device=tasks.device)
+        taught = everyone if mixing is None else ~mixing.mixed_tasks
+    return TaskBatch(condition_on_classes(read, mask), text, mask, drawn, targets, own, taught)
 
 
 def distillation(logits: Tensor, answers: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B, n, K) against a teacher's softmax over its own (B, n, K).
+    """Mean cross-entropy of each task's logits (B, n, K) against a teacher's softmax over its own (B, n, K): (B,).
 
     Both are -inf where the mask (B, K) is False.
     """
     likelihood = logits.log_softmax(-1).masked_fill(~mask.unsqueeze(1), 0)  # (B, n, K)
-    return -(answers.softmax(-1) * likelihood).sum(-1).mean()
+    return -(answers.softmax(-1) * likelihood).sum(-1).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -128,19 +138,18 @@ class DenoisingLosses:
     def task(self, clean: Tensor, batch: TaskBatch) -> Tensor:
         """L_task: cross-entropy of the heads decoded from estimates of x_0 (B, P), on real features.
 
-        Against the labels, and, for `teacher_share` of it, against a teacher's softmax over the task's classes.
+        Against the labels, and, for `teacher_share` of it, against a teacher's softmax over the task's classes where
+        it knows them.
         """
         weights = self.space.restore(clean)  # (B, P)
         logits = stacked_logits(
             self.spec, weights, batch.features, batch.text, self.logit_scale, batch.mask
         )  # (B, n, K)
-        share = self.teacher_share if batch.answers is not None else 0.0
-        loss = torch.zeros((), device=logits.device)
-        if share < 1:
-            loss = (1 - share) * smoothed_cross_entropy(logits, batch.targets, batch.mask, self.label_smoothing)
-        if share and batch.answers is not None:
-            loss = loss + share * distillation(logits, batch.answers, batch.mask)
-        return loss
+        loss = smoothed_cross_entropy(logits, batch.targets, batch.mask, self.label_smoothing)  # (B,)
+        if batch.answers is not None and batch.taught is not None:
+            share = self.teacher_share * batch.taught  # (B,)
+            loss = (1 - share) * loss + share * distillation(logits, batch.answers, batch.mask)
+        return loss.mean()
 
     def denoise(
         self, denoiser: nn.Module, clean: Tensor, timesteps: Tensor, noise: Tensor, condition: Condition

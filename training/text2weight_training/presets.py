@@ -106,6 +106,8 @@ class FitSettings(_Strict):
         samples: feature samples per task for the task loss.
         label_smoothing: of the task loss's targets; against fitting the training features too closely.
         feature_dropout: share of each sample's numbers that are dropped; likewise.
+        class_mixing: share of the fresh tasks with classes mixed from two, for names nobody has trained on: see
+            `class_mixing.py`.
         teacher: a wide classifier whose answers are the task loss's targets, see `teacher.py`; none by default.
         diffusion_weight: factor of the diffusion loss.
         task_weight: factor of the task loss.
@@ -130,6 +132,7 @@ class FitSettings(_Strict):
     samples: PositiveInt = 128
     label_smoothing: RegularisingShare = 0.0
     feature_dropout: RegularisingShare = 0.0
+    class_mixing: float = Field(default=0.0, ge=0, le=1, exclude_if=_is_off)
     teacher: TeacherSettings | None = Field(default=None, exclude_if=lambda teacher: teacher is None)
     diffusion_weight: NonNegativeFloat = 1.0
     task_weight: NonNegativeFloat = 1.0

@@ -154,7 +154,7 @@ def drop_features(features: Tensor, share: float, generator: torch.Generator) ->
 
 
 def smoothed_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor, smoothing: float) -> Tensor:
-    """Mean cross-entropy against (1 - smoothing) one-hot + smoothing / K, K each task's own classes.
+    """Each task's mean cross-entropy against (1 - smoothing) one-hot + smoothing / K, K its own classes: (B,).
 
     Label smoothing (arXiv 1512.00567), where tasks are padded to one number of classes.
 
@@ -165,11 +165,11 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor, smooth
         smoothing: 0..1.
     """
     likelihood = logits.log_softmax(-1)  # (B, n, K)
-    hit = likelihood.gather(-1, targets.unsqueeze(-1)).mean()
+    hit = likelihood.gather(-1, targets.unsqueeze(-1)).mean((1, 2))  # (B,)
     if not smoothing:
         return -hit
     present = likelihood.masked_fill(~mask.unsqueeze(1), 0).sum(-1)  # (B, n)
-    spread = (present / mask.sum(-1, keepdim=True)).mean()
+    spread = (present / mask.sum(-1, keepdim=True)).mean(-1)  # (B,)
     return -((1 - smoothing) * hit + smoothing * spread)
 
 
@@ -200,7 +200,7 @@ def sampled_loss(
     if recipe.feature_dropout:
         drop_features(batch, recipe.feature_dropout, generator)
     logits = stacked_logits(spec, flat, batch.float(), class_embeddings, logit_scale, mask)  # (M, n, K)
-    return smoothed_cross_entropy(logits, targets, mask, recipe.label_smoothing)
+    return smoothed_cross_entropy(logits, targets, mask, recipe.label_smoothing).mean()
 
 
 def minimise(

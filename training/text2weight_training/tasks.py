@@ -75,9 +75,15 @@ class ClassFeatures:
         sizes = (tasks != PADDING).sum(1, keepdim=True)  # (M, 1)
         draws = torch.rand(2, len(tasks), count, generator=generator).to(device)  # (2, M, n)
         targets = (draws[0] * sizes).long()  # (M, n)
-        labels = tasks.gather(1, targets)  # (M, n)
-        first, last = self.starts[labels], self.starts[labels + 1]
-        return first + (draws[1] * (last - first)).long(), targets
+        return self._rows(tasks.gather(1, targets), draws[1]), targets
+
+    def draw_rows(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """A row of each of the classes `labels` (M, n), drawn by a CPU generator: (M, n)."""
+        return self._rows(labels, torch.rand(labels.shape, generator=generator).to(labels.device))
+
+    def _rows(self, labels: Tensor, draws: Tensor) -> Tensor:
+        first, last = self.starts[labels], self.starts[labels + 1]  # (M, n)
+        return first + (draws * (last - first)).long()
 
     def of_task(self, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
         """All features of a task's classes: (N', d) fp32 and targets (N',), positions within the task."""
