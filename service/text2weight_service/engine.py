@@ -15,9 +15,10 @@ import torch
 
 from text2weight.generator import GenerationRequest
 from text2weight_service.batch_runner import BatchRunner
-from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, RedisCache
+from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, SharedEmbeddings
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model, load_model
+from text2weight_service.redis_store import RedisStore
 from text2weight_service.settings import Settings
 from text2weight_service.work_queue import DeadlineError, Generated, QueueFullError, StoppedError, WorkItem, WorkQueue
 
@@ -102,11 +103,10 @@ class Engine:
         self._draining = False
         self._queue = WorkQueue(settings.queue_size)
         self._loaded: _Loaded | None = None
-        self._redis: RedisCache | None = None
+        self._redis: RedisStore | None = None
         if settings.redis_url is not None:
-            self._redis = RedisCache(
-                settings.redis_url.get_secret_value(), settings.redis_timeout_s, settings.embedding_ttl_s, self.metrics
-            )
+            url = settings.redis_url.get_secret_value()
+            self._redis = RedisStore(url, settings.redis_timeout_s, self.metrics)
         self._thread = threading.Thread(target=self._run, name="t2w-model", daemon=True)
         self._background: set[asyncio.Task[None]] = set()
 
@@ -227,7 +227,11 @@ class Engine:
         loaded_at = time.monotonic()
         runner.warm_up()
         encoder = model.text_encoder
-        cache = EmbeddingCache(memory, self._redis, encoder.fingerprint, encoder.embedding_dim, self.metrics)
+        shared = None
+        if self._redis is not None:
+            ttl_s = self.settings.embedding_ttl_s
+            shared = SharedEmbeddings(self._redis, encoder.fingerprint, encoder.embedding_dim, ttl_s, self.metrics)
+        cache = EmbeddingCache(memory, shared, self.metrics)
         self._loaded = _Loaded(model, cache, runner)
         log.info(
             "model ready",
