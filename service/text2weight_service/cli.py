@@ -48,10 +48,13 @@ def serve(
 
 
 def _serve(settings: Settings) -> None:
+    from text2weight_service.auth import KeysError
     from text2weight_service.server import run_server
 
     try:
         failure = run_server(settings)
+    except KeysError as error:
+        _give_up(str(error))
     except OSError as error:
         _give_up(f"cannot listen on {settings.http_host}:{settings.http_port}: {error}")
     if failure is not None:
@@ -61,7 +64,10 @@ def _serve(settings: Settings) -> None:
 def _describe(error: ValidationError) -> str:
     from text2weight_service.settings import variable_name
 
-    return "; ".join(f"{variable_name(str(entry['loc'][0]))}: {entry['msg']}" for entry in error.errors())
+    return "; ".join(
+        f"{variable_name(str(entry['loc'][0]))}: {entry['msg'].removeprefix('Value error, ')}"
+        for entry in error.errors()
+    )
 
 
 def _give_up(message: str) -> NoReturn:

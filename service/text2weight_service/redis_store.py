@@ -131,6 +131,15 @@ def connect(url: str) -> Redis:
     return Redis.from_pool(pool)
 
 
+async def disconnect(client: Redis, timeout_s: float) -> None:
+    """Close a client's connections, within a time limit."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await client.aclose()
+    except Exception as error:  # the process is ending, and a dead Redis must not hold it up
+        log.warning("redis connections not closed", error=type(error).__name__)
+
+
 class RedisStore:
     """Values in Redis by key. No method raises for what Redis does. Belongs to one event loop."""
 
@@ -178,8 +187,4 @@ class RedisStore:
 
     async def close(self) -> None:
         """Close the connections."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._redis.aclose()
-        except Exception as error:  # the process is ending, and a dead Redis must not hold it up
-            log.warning("redis connections not closed", error=type(error).__name__)
+        await disconnect(self._redis, self._timeout_s)
