@@ -107,7 +107,7 @@ def test_a_table_of_another_size(model: FakeModel, tmp_path: Path) -> None:
 
 
 def test_a_table_with_another_template(model: FakeModel, tmp_path: Path) -> None:
-    with pytest.raises(WarmError, match="the template 'one .*', the checkpoint asks for 'a "):
+    with pytest.raises(WarmError, match="the checkpoint asks for 'a "):
         table_source(model, write_table(tmp_path, CLASSES, template="one {}"))
 
 
