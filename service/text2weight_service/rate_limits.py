@@ -56,12 +56,13 @@ class RateLimiter:
             shared = self._shared
             wait_s = await self._breaker.call(lambda: self._count(shared, client), -1)
             if wait_s != -1:
-                return wait_s
-        return await self._count(self._here, client)
+                return wait_s or None
+        return await self._count(self._here, client) or None
 
-    async def _count(self, limiter: SlidingWindowCounterRateLimiter, client: str) -> int | None:
+    async def _count(self, limiter: SlidingWindowCounterRateLimiter, client: str) -> int:
+        """Seconds to wait, or 0 where the request is allowed."""
         if await limiter.hit(self._limit, client):
-            return None
+            return 0
         reset_at = (await limiter.get_window_stats(self._limit, client)).reset_time
         return min(max(math.ceil(reset_at - time.time()), 1), self._limit.get_expiry())
 

@@ -63,7 +63,7 @@ def names_source(model: Model, file: Path) -> Source:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise WarmError(f"names {file} cannot be read: {error}") from None
-    names = []
+    names: list[str] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
