@@ -14,7 +14,7 @@ CODE := core service training clients tests hatch_build.py $(wildcard demo bench
 # Progress bars on a terminal, silence in a log.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 
-.PHONY: help install demo test lint type format bench openapi clean
+.PHONY: help install demo test lint type audit format bench openapi clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,16 +40,23 @@ test: $(STAMP) ## run the tests (options: TEST_ARGS="tests/core -k sampler")
 	@echo "==> pytest"
 	@$(BIN)/pytest -q $(TEST_ARGS)
 
-lint: $(STAMP) ## check style, formatting and types
+lint: $(STAMP) ## check style, formatting, types, secrets and dependencies
 	@echo "==> ruff"
 	@$(BIN)/ruff check --quiet $(CODE)
 	@$(BIN)/ruff format --check --quiet $(CODE) || \
 		{ echo "some files are not formatted; run: make format" >&2; exit 1; }
 	@$(MAKE) type
+	@$(MAKE) audit
 
 type: $(STAMP) ## check types with mypy --strict
 	@echo "==> mypy"
 	@$(BIN)/mypy
+
+audit: $(STAMP) ## look for secrets in the files and for known vulnerabilities in the pinned dependencies
+	@echo "==> secrets"
+	@.ci/secrets $(BIN)
+	@echo "==> audit of dependencies"
+	@.ci/audit $(BIN)
 
 format: $(STAMP) ## rewrite the code in the house format
 	@echo "==> ruff format"

@@ -9,8 +9,9 @@ from importlib.metadata import version
 import structlog
 from fastapi import FastAPI
 
+from text2weight_service.access import AccessControl, AccessMiddleware
 from text2weight_service.engine import Engine
-from text2weight_service.middleware import BodyLimitMiddleware, RequestContextMiddleware
+from text2weight_service.middleware import BodyLimitMiddleware, RequestContextMiddleware, SafeHeadersMiddleware
 from text2weight_service.openapi import install_openapi
 from text2weight_service.problems import install_problem_handlers
 from text2weight_service.routes import router
@@ -28,8 +29,12 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     Args:
         settings: the service's settings.
         engine: serves the requests; made from the settings where not given.
+
+    Raises:
+        KeysError: the API keys cannot be used.
     """
     engine = engine or Engine(settings)
+    access = AccessControl(settings, engine.metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -41,6 +46,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
             yield
         finally:
             await engine.stop()
+            await access.close()
 
     app = FastAPI(
         title="text2weight",
@@ -55,6 +61,10 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     install_problem_handlers(app)
     install_openapi(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
+    )
+    app.add_middleware(AccessMiddleware, access=access)
     app.add_middleware(RequestContextMiddleware, metrics=engine.metrics)
+    app.add_middleware(SafeHeadersMiddleware, docs_path=app.docs_url or "")
     return app

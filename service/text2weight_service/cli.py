@@ -1,4 +1,7 @@
-"""`t2w serve`. Heavy imports stay inside the command, so that `t2w --help` is quick."""
+"""`t2w serve`, and how the service's commands fail.
+
+Heavy imports stay inside the command, so that `t2w --help` is quick.
+"""
 
 from __future__ import annotations
 
@@ -43,27 +46,35 @@ def serve(
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
-        _give_up(_describe(error))
+        give_up("serve", describe_settings_error(error))
     _serve(settings)
 
 
 def _serve(settings: Settings) -> None:
+    from text2weight_service.auth import KeysError
     from text2weight_service.server import run_server
 
     try:
         failure = run_server(settings)
+    except KeysError as error:
+        give_up("serve", str(error))
     except OSError as error:
-        _give_up(f"cannot listen on {settings.http_host}:{settings.http_port}: {error}")
+        give_up("serve", f"cannot listen on {settings.http_host}:{settings.http_port}: {error}")
     if failure is not None:
-        _give_up(f"cannot use checkpoint {settings.checkpoint or '(bundled)'}: {failure}")
+        give_up("serve", f"cannot use checkpoint {settings.checkpoint or '(bundled)'}: {failure}")
 
 
-def _describe(error: ValidationError) -> str:
+def describe_settings_error(error: ValidationError) -> str:
+    """What is wrong with which variables, in one line."""
     from text2weight_service.settings import variable_name
 
-    return "; ".join(f"{variable_name(str(entry['loc'][0]))}: {entry['msg']}" for entry in error.errors())
+    return "; ".join(
+        f"{variable_name(str(entry['loc'][0]))}: {entry['msg'].removeprefix('Value error, ')}"
+        for entry in error.errors()
+    )
 
 
-def _give_up(message: str) -> NoReturn:
-    typer.echo(f"t2w serve: {' '.join(message.split())}", err=True)
+def give_up(command: str, message: str) -> NoReturn:
+    """End a subcommand with one line and exit code 2."""
+    typer.echo(f"t2w {command}: {' '.join(message.split())}", err=True)
     raise typer.Exit(_EXIT_UNUSABLE)

@@ -1,7 +1,8 @@
-"""What happens around every request: its id, its log line, its metrics, and the limit of its body."""
+"""What happens around every request: safe headers, its id, its log line, its metrics, and the limits of its body."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -23,8 +24,48 @@ _QUIET_ROUTES = frozenset({"/health/live", "/health/ready", "/metrics"})
 _CLIENT_CLOSED = 499
 
 
+_STRICT_POLICY = "default-src 'none'; frame-ancestors 'none'"
+# The interactive documentation comes from a public CDN and starts by a script in the page.
+_DOCS_POLICY = (
+    "default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net "
+    "'unsafe-inline'; img-src https://fastapi.tiangolo.com data:; connect-src 'self'; frame-ancestors 'none'"
+)
+_SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class SafeHeadersMiddleware:
+    """Outermost layer: headers that keep a browser from doing more with an answer than it should.
+
+    A route that serves a page may set a Content-Security-Policy of its own, which is kept.
+    """
+
+    def __init__(self, app: ASGIApp, docs_path: str) -> None:
+        self._app = app
+        self._docs_path = docs_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI asks."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        policy = _DOCS_POLICY if scope["path"] == self._docs_path else _STRICT_POLICY
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(_SAFE_HEADERS)
+                headers.setdefault("Content-Security-Policy", policy)
+            await send(message)
+
+        await self._app(scope, receive, send_safely)
+
+
 class RequestContextMiddleware:
-    """Outermost layer: request id, last resort for exceptions, log line and metrics of each request.
+    """Request id, last resort for exceptions, log line and metrics of each request.
 
     Sets `request.state.request_id` and `request.state.started_at` (`time.monotonic()`).
     """
@@ -68,15 +109,18 @@ class RequestContextMiddleware:
         self._metrics.http_requests.labels(method, route, str(status)).inc()
         self._metrics.http_seconds.labels(route).observe(seconds)
         if route not in _QUIET_ROUTES:
-            log.info("request", method=method, route=route, status=status, duration_ms=round(seconds * 1000, 2))
+            milliseconds = round(seconds * 1000, 2)
+            client = scope["state"].get("client")  # the name of its key
+            log.info("request", method=method, route=route, status=status, duration_ms=milliseconds, client=client)
 
 
 class BodyLimitMiddleware:
-    """Refuses a body over the limit where it is read: by its declared length, and while it streams in."""
+    """Refuses a body where it is read: too large by its declared length or as it streams in, or too slow."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._limit = max_body_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI asks."""
@@ -85,18 +129,30 @@ class BodyLimitMiddleware:
             return
         declared = Headers(scope=scope).get("content-length", "0")
         received = 0
+        complete = False
 
         async def receive_limited() -> Message:
-            nonlocal received
+            nonlocal received, complete
             if declared.isdecimal() and int(declared) > self._limit:
                 raise self._too_large()
-            message = await receive()
+            if complete:  # what is awaited now is that the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout(scope["state"]["started_at"] + self._timeout_s - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow() from None
+            complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self._limit:
                 raise self._too_large()
             return message
 
         await self._app(scope, receive_limited, send)
+
+    def _too_slow(self) -> ProblemError:
+        detail = f"the whole body must arrive within {self._timeout_s:g} s"
+        return ProblemError(Kind.BODY_TIMEOUT, detail, headers={"Connection": "close"})
 
     def _too_large(self) -> ProblemError:
         return ProblemError(Kind.BODY_TOO_LARGE, f"at most {self._limit} bytes are allowed")

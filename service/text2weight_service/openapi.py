@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from text2weight_service.problems import Problem
+from text2weight_service.access import is_open
+from text2weight_service.problems import MEDIA_TYPE, Kind, Problem
 from text2weight_service.schemas import GenerateRequest
 
 DEFAULT_PATH = Path("docs/openapi.json")
@@ -27,11 +28,34 @@ def install_openapi(app: FastAPI) -> None:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema
+            _describe_access(description)
             app.openapi_schema = description
         return app.openapi_schema
 
     # FastAPI's documented way to replace the description.
     app.openapi = describe  # type: ignore[method-assign]
+
+
+def _describe_access(description: dict[str, Any]) -> None:
+    """Say which paths ask for a key where keys are set, and what they answer without one or too often."""
+    description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in description["paths"].items():
+        if is_open(path):
+            continue
+        for operation in operations.values():
+            operation["security"] = [{"key": []}, {}]
+            for kind in (Kind.UNAUTHORIZED, Kind.RATE_LIMITED):
+                operation["responses"].setdefault(str(kind.status), _problem(kind))
+
+
+def _problem(kind: Kind) -> dict[str, Any]:
+    name = "WWW-Authenticate" if kind is Kind.UNAUTHORIZED else "Retry-After"
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        "description": kind.title,
+        "content": {MEDIA_TYPE: {"schema": schema}},
+        "headers": {name: {"schema": {"type": "string" if kind is Kind.UNAUTHORIZED else "integer"}}},
+    }
 
 
 def write_openapi(path: Path = DEFAULT_PATH) -> None:

@@ -26,6 +26,7 @@ _MOST_ERRORS = 10
 class Kind(Enum):
     """The table of problems: name in the `type` URN, HTTP status, title."""
 
+    UNAUTHORIZED = ("unauthorized", 401, "The request carries no valid key")
     NOT_FOUND = ("not-found", 404, "No such path")
     METHOD_NOT_ALLOWED = ("method-not-allowed", 405, "Method not allowed on this path")
     BODY_TIMEOUT = ("body-timeout", 408, "The request body did not arrive in time")
@@ -34,6 +35,7 @@ class Kind(Enum):
     INVALID_INPUT = ("invalid-input", 422, "A field of the request cannot be used")
     MALFORMED_JSON = ("malformed-json", 422, "The request body is not valid JSON")
     QUEUE_FULL = ("queue-full", 429, "Too many requests are waiting")
+    RATE_LIMITED = ("rate-limited", 429, "Too many requests of this client")
     INTERNAL = ("internal", 500, "The service failed on this request")
     STARTING = ("starting", 503, "The worker is loading its model")
     DRAINING = ("draining", 503, "The worker is shutting down")

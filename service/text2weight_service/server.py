@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,11 +12,18 @@ from types import FrameType
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from text2weight_service.app import create_app
+from text2weight_service.auth import check_exposure
+from text2weight_service.connections import guarded_protocol
 from text2weight_service.engine import Engine
 from text2weight_service.logs import configure_logging
+from text2weight_service.metrics import Metrics
 from text2weight_service.settings import Settings
+
+# The model's files, Redis, and what libraries keep open.
+_OTHER_FILES = 256
 
 log = structlog.get_logger(__name__)
 
@@ -41,18 +49,16 @@ def run_server(settings: Settings) -> Exception | None:
 
     Raises:
         OSError: the address cannot be listened on.
+        KeysError: the API keys cannot be used, or there are none and other machines can reach the service.
     """
+    engine = Engine(settings)
+    app = create_app(settings, engine)
+    has_keys = settings.api_keys is not None or settings.api_keys_file is not None
+    check_exposure(settings.http_host, keys=has_keys, allow_anonymous=settings.allow_anonymous)
     listener = _listen(settings.http_host, settings.http_port)
     configure_logging(settings.log_level)
-    engine = Engine(settings)
-    config = uvicorn.Config(
-        create_app(settings, engine),
-        log_config=None,
-        access_log=False,
-        ws="none",
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
-    )
-    server = _DrainingServer(config, engine)
+    _allow_open_files(settings.max_connections + _OTHER_FILES)
+    server = _DrainingServer(server_config(app, settings, engine.metrics), engine)
 
     def give_up() -> None:
         server.should_exit = True
@@ -62,6 +68,29 @@ def run_server(settings: Settings) -> Exception | None:
         log.info("listening", host=settings.http_host, port=listener.getsockname()[1])
         server.run(sockets=[listener])
     return engine.failure
+
+
+def server_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+    """How uvicorn serves the application: quietly, and with the limits of the settings."""
+    return uvicorn.Config(
+        app,
+        http=guarded_protocol(settings, metrics),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+    )
+
+
+def _allow_open_files(needed: int) -> None:
+    """Raise this process's limit of open files, as far as the machine lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning("the limit of open files is below T2W_MAX_CONNECTIONS", limit=allowed, needed=needed)
 
 
 @contextmanager

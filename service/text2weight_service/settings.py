@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from text2weight_service.auth import KeysError, parse_keys
 
 _PREFIX = "T2W_"
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
@@ -35,6 +37,13 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(default=20.0, ge=0, description="time to finish accepted requests at shutdown")
 
     max_body_bytes: int = Field(default=262_144, ge=1024, description="largest request body; larger gets 413")
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, description="for a client to send the headers of its next request; then it is cut off"
+    )
+    send_timeout_s: float = Field(
+        default=30.0, gt=0, description="for a client to read what waits for it; then it is cut off"
+    )
+    max_connections: int = Field(default=1024, ge=1, description="most open connections")
     max_classes: int = Field(default=256, ge=2, le=256, description="most class names in one request")
     max_steps: int = Field(default=1000, ge=1, le=1000, description="most denoiser steps in one request")
 
@@ -45,6 +54,21 @@ class Settings(BaseSettings):
     redis_timeout_s: float = Field(default=0.05, gt=0, description="longest wait for Redis before it counts as a miss")
     embedding_ttl_s: int = Field(default=604_800, ge=1, description="life of an embedding in Redis")
 
+    api_keys: SecretStr | None = Field(
+        default=None, description="keys as NAME:SHA256 entries, separated by commas; unset: see api_keys_file"
+    )
+    api_keys_file: str | None = Field(default=None, description="file of such entries; followed while serving")
+    allow_anonymous: bool = Field(default=False, description="serve other machines without a key")
+    public_metrics: bool = Field(default=False, description="answer /metrics without a key")
+    rate_limit: str | None = Field(
+        default=None,
+        pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
+        description='requests per client over time, such as "600/minute"; more get 429; unset: no limit',
+    )
+    max_concurrent_per_key: int | None = Field(
+        default=None, ge=1, description="requests of one client at once in this worker; more get 429; unset: no limit"
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severe log line")
 
     @field_validator("redis_url")
@@ -52,6 +76,22 @@ class Settings(BaseSettings):
     def _redis_scheme(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(_REDIS_SCHEMES):
             raise ValueError(f"must start with one of {', '.join(_REDIS_SCHEMES)}")
+        return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_are_entries(cls, value: SecretStr | None) -> SecretStr | None:
+        try:
+            parse_keys(value.get_secret_value() if value is not None else "", "T2W_API_KEYS")
+        except KeysError as error:
+            raise ValueError(str(error).removeprefix("T2W_API_KEYS: ")) from None
+        return value
+
+    @field_validator("allow_anonymous")
+    @classmethod
+    def _keys_or_anonymous(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and (info.data.get("api_keys") or info.data.get("api_keys_file")):
+            raise ValueError("must not be true where keys are set: choose one of the two")
         return value
 
     def shown(self) -> dict[str, object]:

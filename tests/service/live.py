@@ -11,6 +11,7 @@ import uvicorn
 from text2weight_service.app import create_app
 from text2weight_service.engine import Engine, Phase
 from text2weight_service.model import Model
+from text2weight_service.server import server_config
 from text2weight_service.settings import Settings
 
 
@@ -41,9 +42,9 @@ def serve(load: Callable[[Settings], Model], *, wait_until_ready: bool = True, *
     """Serve a model with the given settings on a free port."""
     chosen = Settings(http_port=0, **settings)  # type: ignore[arg-type]
     engine = Engine(chosen, load=load)
-    config = uvicorn.Config(
-        create_app(chosen, engine), port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5
-    )
+    config = server_config(create_app(chosen, engine), chosen, engine.metrics)
+    config.port = 0
+    config.timeout_graceful_shutdown = 5
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

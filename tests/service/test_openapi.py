@@ -23,7 +23,7 @@ def test_routes(description: dict[str, Any]) -> None:
 
 def test_documented_statuses(description: dict[str, Any]) -> None:
     responses = description["paths"]["/generate"]["post"]["responses"]
-    assert sorted(responses) == ["200", "408", "413", "415", "422", "429", "500", "503", "504"]
+    assert sorted(responses) == ["200", "401", "408", "413", "415", "422", "429", "500", "503", "504"]
     assert list(responses["200"]["content"]) == ["application/octet-stream"]
     for status, response in responses.items():
         if status != "200":

@@ -1,0 +1,126 @@
+"""Who may call, and how often: the middleware that asks for a key and counts requests."""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import ExitStack
+
+import structlog
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from text2weight_service.auth import KeyRing, bearer_secret
+from text2weight_service.metrics import Metrics
+from text2weight_service.problems import Kind, ProblemError, problem_response
+from text2weight_service.rate_limits import ConcurrencyLimiter, RateLimiter
+from text2weight_service.settings import Settings
+
+# Names of clients without a key in metrics; no key can have them, since key names have no brackets.
+_ANONYMOUS = "(anonymous)"
+_UNKNOWN = "(unknown)"
+# An IPv6 customer has at least a /64, whose addresses cost nothing.
+_IPV6_PREFIX = 64
+_BUSY_RETRY_AFTER_S = 1
+
+
+def is_open(path: str) -> bool:
+    """Whether a path never needs a key and never counts: the page and the probes."""
+    return path == "/" or path.startswith("/health/")
+
+
+class AccessControl:
+    """The keys and limits of one worker."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        """Read the keys and prepare the limits.
+
+        Raises:
+            KeysError: the keys cannot be used.
+        """
+        keys = settings.api_keys.get_secret_value() if settings.api_keys is not None else None
+        self.keys = KeyRing(keys, settings.api_keys_file)
+        self.public_metrics = settings.public_metrics
+        self.requests = metrics.client_requests
+        self.concurrency: ConcurrencyLimiter | None = None
+        if settings.max_concurrent_per_key is not None:
+            self.concurrency = ConcurrencyLimiter(settings.max_concurrent_per_key)
+        self.rate: RateLimiter | None = None
+        if settings.rate_limit is not None:
+            url = settings.redis_url.get_secret_value() if settings.redis_url is not None else None
+            self.rate = RateLimiter(settings.rate_limit, url, settings.redis_timeout_s, metrics)
+
+    async def close(self) -> None:
+        """Close the connections to Redis."""
+        if self.rate is not None:
+            await self.rate.close()
+
+
+class AccessMiddleware:
+    """Answers 401 to clients without a key where one is needed, and 429 to those over their limits.
+
+    Sets `request.state.client` to the key's name.
+    """
+
+    def __init__(self, app: ASGIApp, access: AccessControl) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection, as ASGI asks."""
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or is_open(path) or (path == "/metrics" and self._access.public_metrics):
+            await self._app(scope, receive, send)
+            return
+        with ExitStack() as held:
+            try:
+                await self._admit(scope, held)
+            except ProblemError as problem:
+                await problem_response(problem, scope["state"]["request_id"])(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
+
+    async def _admit(self, scope: Scope, held: ExitStack) -> None:
+        """Find out who calls and take a place; `held` gives it back."""
+        access = self._access
+        name, client = self._identify(scope)
+        scope["state"]["client"] = name
+        if access.concurrency is not None and not held.enter_context(access.concurrency.place(client)):
+            access.requests.labels(name, "busy").inc()
+            raise _rate_limited("too many requests of this client are running", _BUSY_RETRY_AFTER_S)
+        wait_s = await access.rate.hit(client) if access.rate is not None else None
+        if wait_s is not None:
+            access.requests.labels(name, "rate-limited").inc()
+            raise _rate_limited("this client made too many requests", wait_s)
+        access.requests.labels(name, "accepted").inc()
+        held.enter_context(structlog.contextvars.bound_contextvars(client=name))
+
+    def _identify(self, scope: Scope) -> tuple[str, str]:
+        """The name of a client for people, and what its requests are counted under."""
+        if not self._access.keys.required:
+            return _ANONYMOUS, f"address:{_network(scope)}"
+        secret = bearer_secret([value for name, value in scope["headers"] if name == b"authorization"])
+        name = self._access.keys.name_of(secret) if secret is not None else None
+        if name is None:
+            self._access.requests.labels(_UNKNOWN, "unauthorized").inc()
+            raise ProblemError(
+                Kind.UNAUTHORIZED,
+                "send a valid key: Authorization: Bearer KEY",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return name, f"key:{name}"
+
+
+def _network(scope: Scope) -> str:
+    """The client's address, or that of its IPv6 network; proxies can write anything there."""
+    try:
+        address = ipaddress.ip_address(scope["client"][0])
+    except (TypeError, ValueError):
+        return "unknown"
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.ip_network((int(address), _IPV6_PREFIX), strict=False))
+
+
+def _rate_limited(what: str, retry_after_s: int) -> ProblemError:
+    return ProblemError(
+        Kind.RATE_LIMITED, f"{what}; try again in {retry_after_s} s", headers={"Retry-After": str(retry_after_s)}
+    )

@@ -1,0 +1,163 @@
+"""Limits per client: in one worker, over several workers through Redis, and without a Redis that should be there."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.service.fakes import FakeModel
+from tests.service.live import Live, serve, wait_for
+from tests.service.redis_server import RedisServer, needs_redis, redis_server
+from tests.service.test_auth import ALICE, ALICE_ENTRY, BOB, BOB_ENTRY, bearer
+from tests.service.test_bad_input import assert_problem
+from text2weight_service.access import _network
+from text2weight_service.metrics import Metrics
+from text2weight_service.rate_limits import RateLimiter
+from text2weight_service.redis_store import BreakerState
+
+# So long that no window can end within a test, and so that 5 requests never fill it by chance.
+LIMIT = "5/day"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    with redis_server(tmp_path) as running:
+        yield running
+
+
+def statuses(live: Live, count: int, **headers: str) -> list[int]:
+    return [live.client.get("/info", headers=headers).status_code for _ in range(count)]
+
+
+def test_each_key_has_a_limit_of_its_own() -> None:
+    with serve(lambda _: FakeModel(), api_keys=f"{ALICE_ENTRY} {BOB_ENTRY}", rate_limit=LIMIT) as live:
+        assert statuses(live, 8, **bearer(ALICE)) == [200] * 5 + [429] * 3
+        response = live.client.get("/info", headers=bearer(ALICE))
+        assert_problem(response, 429, "rate-limited")
+        assert 1 <= int(response.headers["retry-after"]) <= 86_400
+        assert statuses(live, 1, **bearer(BOB)) == [200]
+        assert statuses(live, 8, **bearer("nobody")) == [401] * 8
+        assert live.metric("t2w_client_requests_total", client="alice", result="rate-limited") == 4
+        assert live.client.get("/health/live").status_code == 200
+
+
+def test_without_keys_addresses_are_counted() -> None:
+    """A proxy on this machine says whom it speaks for; what it says does not become a label."""
+    with serve(lambda _: FakeModel(), rate_limit=LIMIT) as live:
+        assert statuses(live, 6) == [200] * 5 + [429]
+        assert statuses(live, 6, **{"X-Forwarded-For": "192.0.2.1"}) == [200] * 5 + [429]
+        assert statuses(live, 6, **{"X-Forwarded-For": "2001:db8::1"}) == [200] * 5 + [429]
+        assert statuses(live, 1, **{"X-Forwarded-For": "2001:db8::2"}) == [429]
+        assert statuses(live, 1, **{"X-Forwarded-For": "nonsense"}) == [200]
+        assert live.metric("t2w_client_requests_total", client="(anonymous)", result="accepted") == 16
+
+
+@pytest.mark.parametrize(
+    ("client", "expected"),
+    [
+        (("192.0.2.7", 1), "192.0.2.7"),
+        (("2001:db8:0:1::5", 1), "2001:db8:0:1::/64"),
+        (("evil\n", 1), "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_networks(client: object, expected: str) -> None:
+    assert _network({"type": "http", "client": client}) == expected
+
+
+def test_places_are_given_back(model: FakeModel) -> None:
+    with serve(lambda _: model, api_keys=f"{ALICE_ENTRY} {BOB_ENTRY}", max_concurrent_per_key=2) as live:
+
+        def generate(key: str) -> httpx.Response:
+            return live.client.post("/generate", json={"classes": ["apple", "bus"]}, headers=bearer(key))
+
+        model.gate.clear()
+        with ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(generate, ALICE) for _ in range(2)]
+            accepted = {"client": "alice", "result": "accepted"}
+            wait_for(lambda: live.metric("t2w_client_requests_total", **accepted) == 2, "two requests")
+            response = generate(ALICE)
+            assert_problem(response, 429, "rate-limited")
+            assert response.headers["retry-after"] == "1"
+            bobs = pool.submit(generate, BOB)
+            model.gate.set()
+            assert [future.result().status_code for future in (*running, bobs)] == [200, 200, 200]
+        assert live.metric("t2w_client_requests_total", client="alice", result="busy") == 1
+        assert [generate(ALICE).status_code for _ in range(5)] == [200] * 5
+
+
+async def test_concurrent_hits_in_memory() -> None:
+    limiter = RateLimiter(LIMIT, None, 1, Metrics())
+    results = await asyncio.gather(*(limiter.hit("key:alice") for _ in range(200)))
+    assert results.count(None) == 5
+    await limiter.close()
+
+
+async def test_retry_after_is_long_enough() -> None:
+    limiter = RateLimiter("2/second", None, 1, Metrics())
+    while await limiter.hit("a") is None:
+        pass
+    wait_s = await limiter.hit("a")
+    assert wait_s == 1
+    await asyncio.sleep(wait_s)
+    assert await limiter.hit("a") is None
+
+
+@needs_redis
+async def test_workers_count_together(server: RedisServer) -> None:
+    metrics = Metrics()
+    limiters = [RateLimiter(LIMIT, server.url, 1, metrics) for _ in range(3)]
+    results = await asyncio.gather(*(limiter.hit("key:alice") for limiter in limiters for _ in range(20)))
+    assert results.count(None) == 5
+    assert all(result is None or 1 <= result <= 86_400 for result in results)
+    assert await limiters[0].hit("key:bob") is None
+    for limiter in limiters:
+        await limiter.close()
+    with server.connected() as client:
+        assert all(key.startswith(b"t2w:limit:") and client.ttl(key) > 0 for key in client.scan_iter())
+
+
+@needs_redis
+async def test_without_redis_each_worker_counts(server: RedisServer) -> None:
+    """Killed, paused and full: a hit takes no longer than the budget, and the limit still holds in this worker."""
+    budget_s = 0.2
+    for broken in (server.stop, server.pause, server.fill):
+        metrics = Metrics()
+        limiter = RateLimiter(LIMIT, server.url, budget_s, metrics)
+        assert await limiter.hit("key:warm") is None
+        broken()
+        try:
+            started_at = time.monotonic()
+            results = [await limiter.hit("key:alice") for _ in range(20)]
+            assert time.monotonic() - started_at < budget_s + 0.3
+            assert results.count(None) == 5
+            assert metrics.registry.get_sample_value("t2w_redis_breaker_state", {"operation": "limit"}) == 2
+        finally:
+            server.resume() if broken == server.pause else server.stop()
+            if broken == server.stop:
+                server.start()
+            await limiter.close()
+
+
+@needs_redis
+def test_requests_with_a_paused_redis(server: RedisServer, model: FakeModel) -> None:
+    """Rate, cache and heads together: no request fails, and one budget each is the most that Redis costs."""
+    settings = {"redis_url": server.url, "redis_timeout_s": 0.2, "rate_limit": "1000/minute"}
+    with serve(lambda _: model, **settings) as live:
+        assert live.generate("apple", "bus").status_code == 200
+        server.pause()
+        try:
+            for i in range(10):
+                started_at = time.monotonic()
+                assert live.generate(f"apple {i}", "bus").status_code == 200
+                assert time.monotonic() - started_at < 2 * 0.2 + 0.3
+            operations = ("read", "limit")
+            assert [live.metric("t2w_redis_breaker_state", operation=name) for name in operations] == [
+                BreakerState.OPEN.value
+            ] * 2
+        finally:
+            server.resume()
