@@ -68,6 +68,8 @@ class TextStage:
             except Exception as error:
                 if item.future.set_running_or_notify_cancel():
                     self.in_doubt |= fail_item(item, error)
+        if self.in_doubt:
+            self._queue.wake()
         return done
 
     def _encode(self, items: Sequence[WorkItem]) -> None:
