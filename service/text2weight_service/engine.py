@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -180,7 +180,7 @@ class Engine:
                     raise
                 # Joined in the moment in which the others' time was over: compute it anew.
 
-    async def stream(self, job: Job, heads_every: int) -> AsyncIterator[Progress | Generated]:
+    async def stream(self, job: Job, heads_every: int) -> AsyncGenerator[Progress | Generated]:
         """Generate one head and report its denoiser calls; the finished head comes last.
 
         It is always computed, for watching is the point. A reader that is slower than the model misses progress, but
