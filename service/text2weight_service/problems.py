@@ -30,9 +30,10 @@ class Kind(Enum):
     METHOD_NOT_ALLOWED = ("method-not-allowed", 405, "Method not allowed on this path")
     BODY_TIMEOUT = ("body-timeout", 408, "The request body did not arrive in time")
     BODY_TOO_LARGE = ("body-too-large", 413, "The request body is too large")
-    UNSUPPORTED_TYPE = ("unsupported-type", 415, "The request body must be plain application/json")
+    UNSUPPORTED_TYPE = ("unsupported-type", 415, "The request body has a type that this path does not take")
     INVALID_INPUT = ("invalid-input", 422, "A field of the request cannot be used")
-    MALFORMED_JSON = ("malformed-json", 422, "The request body is not valid JSON")
+    MALFORMED_JSON = ("malformed-json", 422, "The request is not valid JSON")
+    MALFORMED_MULTIPART = ("malformed-multipart", 422, "The request body is not valid multipart/form-data")
     QUEUE_FULL = ("queue-full", 429, "Too many requests are waiting")
     INTERNAL = ("internal", 500, "The service failed on this request")
     STARTING = ("starting", 503, "The worker is loading its model")
@@ -112,6 +113,11 @@ def internal_problem() -> ProblemError:
     return ProblemError(Kind.INTERNAL, "an internal error occurred; the log has it under this request_id")
 
 
+def body_timeout_problem() -> ProblemError:
+    """The problem of a body that comes too slowly."""
+    return ProblemError(Kind.BODY_TIMEOUT, "send the whole body at once", headers={"Connection": "close"})
+
+
 def invalid_fields(errors: Sequence[FieldError]) -> ProblemError:
     """The problem of fields that cannot be used, all of them named in its detail."""
     shown = [
@@ -162,7 +168,8 @@ def to_problem(error: Exception) -> ProblemError:
             )
         case DeadlineError():
             return ProblemError(
-                Kind.DEADLINE, "the request timeout of this worker is over; ask for fewer steps or later"
+                Kind.DEADLINE,
+                "the request's deadline_ms or this worker's timeout is over; ask for fewer steps or later",
             )
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
             return ProblemError(Kind.NOT_FOUND, "see /docs for the paths of this service")
