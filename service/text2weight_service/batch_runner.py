@@ -116,6 +116,7 @@ class BatchRunner:
         results = [
             Generated(
                 data=artifact.to_bytes(),
+                key=item.work.key,
                 queue_s=taken_at - item.queued_at,
                 encode_s=encoded_at - taken_at,
                 sample_s=sampled_at - encoded_at,

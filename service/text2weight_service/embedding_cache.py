@@ -1,31 +1,23 @@
 """Text embeddings that need not be computed again: in this process, and in Redis for all workers.
 
-A cache may only save time. Redis that is down, slow or holds nonsense is a miss, never an error.
 Letter: D embedding size.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import structlog
 import torch
 from cachetools import LRUCache
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from torch import Tensor
 
 from text2weight_service.metrics import Metrics
+from text2weight_service.redis_store import RedisStore
 
-log = structlog.get_logger(__name__)
-
-# After a failure Redis is left alone this long, so that a hanging one costs one timeout and not one per request.
-_PAUSE_AFTER_FAILURE_S = 1.0
 _NORM_TOLERANCE = 1e-3
 
 
@@ -47,73 +39,52 @@ class MemoryCache:
             self._rows.update(rows)
 
 
-class RedisCache:
-    """Raw fp32 embeddings in Redis under `t2w:embedding:FINGERPRINT:PROMPT`. Belongs to one event loop.
+class SharedEmbeddings:
+    """Embeddings of one text encoder in Redis, as raw fp32 numbers.
 
-    The fingerprint of the text encoder in the key keeps workers with different models apart.
+    The key is `t2w:embedding:FINGERPRINT:SHA256`, of the encoder and of the prompt, which is the template with the
+    text put in. The fingerprint keeps workers with different encoders apart. The hash bounds the length of keys,
+    and class names do not lie in Redis for everyone to read.
     """
 
-    def __init__(self, url: str, timeout_s: float, ttl_s: int, metrics: Metrics) -> None:
-        self._redis = Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
-        )
-        self._timeout_s = timeout_s
+    def __init__(self, store: RedisStore, fingerprint: str, dim: int, ttl_s: int, metrics: Metrics) -> None:
+        """Embeddings in a store.
+
+        Args:
+            store: where.
+            fingerprint: of the text encoder.
+            dim: D.
+            ttl_s: their life in Redis.
+            metrics: where lookups are counted.
+        """
+        self._store = store
+        self._prefix = f"t2w:embedding:{fingerprint}:"
+        self._dim = dim
         self._ttl_s = ttl_s
-        self._metrics = metrics
-        self._paused_until = 0.0
+        self._lookups = metrics.cache_lookups
 
-    async def get(self, fingerprint: str, prompts: list[str], dim: int) -> dict[str, Tensor]:
-        """The known ones among the prompts, each (D,); nothing after a failure."""
-        if not prompts or time.monotonic() < self._paused_until:
-            return {}
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                values = await self._redis.mget([_key(fingerprint, prompt) for prompt in prompts])
-        except Exception as error:  # any failure of a cache is a miss
-            self._failed("read", error)
-            return {}
-        rows = {prompt: _decode(value, dim) for prompt, value in zip(prompts, values, strict=True) if value is not None}
-        found = {prompt: row for prompt, row in rows.items() if row is not None}
-        for result, count in (
-            ("hit", len(found)),
-            ("invalid", len(rows) - len(found)),
-            ("miss", len(prompts) - len(rows)),
-        ):
-            self._metrics.cache_lookups.labels("redis", result).inc(count)
-        return found
+    async def get(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The known ones among the prompts, each (D,); a value that is no embedding counts as unknown."""
+        keys = {self._key(prompt): prompt for prompt in prompts}
+        values = await self._store.get_many(list(keys))
+        rows = {keys[key]: row for key, value in values.items() if (row := _decode(value, self._dim)) is not None}
+        self._lookups.labels("redis", "hit").inc(len(rows))
+        self._lookups.labels("redis", "invalid").inc(len(values) - len(rows))
+        self._lookups.labels("redis", "miss").inc(len(keys) - len(values))
+        return rows
 
-    async def put(self, fingerprint: str, rows: Mapping[str, Tensor]) -> None:
-        """Store embeddings (D,) by prompt; a failure is only logged."""
-        if not rows or time.monotonic() < self._paused_until:
-            return
-        try:
-            async with asyncio.timeout(self._timeout_s), self._redis.pipeline(transaction=False) as pipeline:
-                for prompt, row in rows.items():
-                    pipeline.set(_key(fingerprint, prompt), row.numpy().astype("<f4").tobytes(), ex=self._ttl_s)
-                await pipeline.execute()
-        except Exception as error:
-            self._failed("write", error)
+    async def put(self, rows: Mapping[str, Tensor]) -> bool:
+        """Store embeddings (D,) by prompt; returns whether Redis took all of them."""
+        values = {self._key(prompt): row.numpy().astype("<f4").tobytes() for prompt, row in rows.items()}
+        return await self._store.set_many(values, self._ttl_s)
 
-    async def close(self) -> None:
-        """Close the connections."""
-        try:
-            await self._redis.aclose()
-        except Exception as error:
-            self._failed("close", error)
-
-    def _failed(self, action: str, error: Exception) -> None:
-        self._paused_until = time.monotonic() + _PAUSE_AFTER_FAILURE_S
-        self._metrics.redis_failures.inc()
-        log.warning("redis failed, continuing without it", action=action, error=type(error).__name__)
+    def _key(self, prompt: str) -> str:
+        return self._prefix + hashlib.sha256(prompt.encode()).hexdigest()
 
 
-def _key(fingerprint: str, prompt: str) -> str:
-    return f"t2w:embedding:{fingerprint}:{prompt}"
-
-
-def _decode(value: bytes | str, dim: int) -> Tensor | None:
+def _decode(value: bytes, dim: int) -> Tensor | None:
     """An embedding (D,) from Redis bytes, or None unless they are D finite numbers of length 1."""
-    if not isinstance(value, bytes) or len(value) != 4 * dim:
+    if len(value) != 4 * dim:
         return None
     row = torch.from_numpy(np.frombuffer(value, "<f4").astype(np.float32))  # (D,) a copy, so writable
     # A comparison with NaN is false, so this refuses values that are not finite as well.
@@ -121,28 +92,45 @@ def _decode(value: bytes | str, dim: int) -> Tensor | None:
 
 
 class EmbeddingCache:
-    """Both tiers for one text encoder: memory first, then Redis."""
+    """Both tiers for one text encoder: memory first, then Redis. Belongs to one event loop."""
 
-    def __init__(self, memory: MemoryCache, redis: RedisCache | None, fingerprint: str, dim: int, metrics: Metrics):
+    def __init__(self, memory: MemoryCache, shared: SharedEmbeddings | None, metrics: Metrics) -> None:
         self._memory = memory
-        self._redis = redis
-        self._fingerprint = fingerprint
-        self._dim = dim
-        self._metrics = metrics
+        self._shared = shared
+        self._lookups = metrics.cache_lookups
+        self._in_flight: dict[str, asyncio.Task[dict[str, Tensor]]] = {}
 
     async def lookup(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The known ones among the prompts, each (D,)."""
+        """The known ones among the prompts, each (D,).
+
+        Requests that ask for the same prompt at the same time share one question to Redis.
+        """
         found = self._memory.get(prompts)
-        unknown = [prompt for prompt in prompts if prompt not in found]
-        self._metrics.cache_lookups.labels("memory", "hit").inc(len(found))
-        self._metrics.cache_lookups.labels("memory", "miss").inc(len(unknown))
-        if self._redis is None or not unknown:
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        self._lookups.labels("memory", "hit").inc(len(found))
+        self._lookups.labels("memory", "miss").inc(len(unknown))
+        if self._shared is None or not unknown:
             return found
-        shared = await self._redis.get(self._fingerprint, unknown, self._dim)
-        self._memory.put(shared)
-        return found | shared
+        nobody_asked = [prompt for prompt in unknown if prompt not in self._in_flight]
+        if nobody_asked:
+            # A task of its own: the others still want the answer when the request that asked first is cancelled.
+            task = asyncio.create_task(self._fetch(self._shared, nobody_asked))
+            self._in_flight.update(dict.fromkeys(nobody_asked, task))
+        tasks = {self._in_flight[prompt] for prompt in unknown}
+        await asyncio.wait(tasks)
+        answers = {prompt: row for task in tasks for prompt, row in task.result().items()}
+        return found | {prompt: answers[prompt] for prompt in unknown if prompt in answers}
+
+    async def _fetch(self, shared: SharedEmbeddings, prompts: Sequence[str]) -> dict[str, Tensor]:
+        try:
+            rows = await shared.get(prompts)
+            self._memory.put(rows)
+            return rows
+        finally:
+            for prompt in prompts:
+                del self._in_flight[prompt]
 
     async def share(self, rows: Mapping[str, Tensor]) -> None:
         """Offer embeddings (D,) that were computed here to the other workers."""
-        if self._redis is not None:
-            await self._redis.put(self._fingerprint, rows)
+        if self._shared is not None:
+            await self._shared.put(rows)

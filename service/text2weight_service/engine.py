@@ -6,19 +6,28 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from enum import Enum
 
 import structlog
 
 from text2weight_service.batch_runner import BatchRunner
-from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, RedisCache
+from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, SharedEmbeddings
 from text2weight_service.job import Job, plan_work
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model, load_model
+from text2weight_service.redis_store import RedisStore
 from text2weight_service.settings import Settings
-from text2weight_service.work_queue import DeadlineError, Generated, QueueFullError, StoppedError, WorkItem, WorkQueue
+from text2weight_service.work_queue import (
+    DeadlineError,
+    Generated,
+    Progress,
+    QueueFullError,
+    StoppedError,
+    WorkItem,
+    WorkQueue,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -80,11 +89,10 @@ class Engine:
         self._draining = False
         self._queue = WorkQueue(settings.queue_size)
         self._loaded: _Loaded | None = None
-        self._redis: RedisCache | None = None
+        self._redis: RedisStore | None = None
         if settings.redis_url is not None:
-            self._redis = RedisCache(
-                settings.redis_url.get_secret_value(), settings.redis_timeout_s, settings.embedding_ttl_s, self.metrics
-            )
+            url = settings.redis_url.get_secret_value()
+            self._redis = RedisStore(url, settings.redis_timeout_s, self.metrics)
         self._thread = threading.Thread(target=self._run, name="t2w-model", daemon=True)
         self._background: set[asyncio.Task[None]] = set()
 
@@ -145,6 +153,20 @@ class Engine:
         self._share(loaded.cache, result)
         return result
 
+    async def stream(self, job: Job, heads_every: int) -> AsyncIterator[Progress | Generated]:
+        """Generate one head and report its denoiser calls; the finished head comes last.
+
+        A reader that is slower than the model misses progress, but never the finished head.
+
+        Args:
+            job: what is asked for.
+            heads_every: report the estimated head after every so many calls; 0 for never.
+
+        Raises:
+            As `generate`.
+        """
+        yield await self.generate(job)
+
     def begin_drain(self) -> None:
         """Take no new requests; finish the accepted ones. May be called from any thread and from signal handlers."""
         # A plain flag: a signal handler must not take a lock that the interrupted code may hold.
@@ -201,7 +223,11 @@ class Engine:
         loaded_at = time.monotonic()
         runner.warm_up()
         encoder = model.text_encoder
-        cache = EmbeddingCache(memory, self._redis, encoder.fingerprint, encoder.embedding_dim, self.metrics)
+        shared = None
+        if self._redis is not None:
+            ttl_s = self.settings.embedding_ttl_s
+            shared = SharedEmbeddings(self._redis, encoder.fingerprint, encoder.embedding_dim, ttl_s, self.metrics)
+        cache = EmbeddingCache(memory, shared, self.metrics)
         self._loaded = _Loaded(model, cache, runner)
         log.info(
             "model ready",

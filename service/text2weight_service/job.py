@@ -5,6 +5,8 @@ Letters: K classes, D embedding size, P numbers in one head.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from text2weight.descriptions import Descriptions, describe_classes, match_descriptions
-from text2weight.generator import GenerationRequest
+from text2weight.generator import GenerationRequest, created_by
 from text2weight_service.model import Model
 
 
@@ -34,6 +36,7 @@ class Job:
         emphasis: a factor of each class's share in the pooled condition, or None.
         given: (P,) the head to enhance, or None.
         strength: how far the given head is noised.
+        reusable: whether the head is worth keeping: the caller gave the seed and may ask for the same again.
     """
 
     request_id: str
@@ -49,6 +52,7 @@ class Job:
     emphasis: Tensor | None = None
     given: Tensor | None = None
     strength: float = 1.0
+    reusable: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,14 @@ class Work:
         prompts: one for each class.
         texts: every text that has to be embedded, each once: prompts and descriptions.
         request: what is computed, with embeddings that are yet to be filled in.
+        key: hash of all that the head follows from.
     """
 
     job: Job
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     request: GenerationRequest
+    key: str
 
     def fill_in(self, rows: Mapping[str, Tensor]) -> GenerationRequest:
         """The request with its embeddings, from rows (D,) of all its texts."""
@@ -102,7 +108,29 @@ def plan_work(model: Model, job: Job) -> Work:
     model.check(request)
     described = () if job.descriptions is None else match_descriptions(job.descriptions, job.classes)
     texts = dict.fromkeys([*prompts, *(text for own in described for text in own)])
-    return Work(job, prompts, tuple(texts), request)
+    return Work(job, prompts, tuple(texts), request, _hash(model, job, prompts, request))
+
+
+def _hash(model: Model, job: Job, prompts: Sequence[str], request: GenerationRequest) -> str:
+    """Everything that a head's bytes follow from, as 64 hexadecimal digits."""
+    parts = [
+        created_by(),
+        model.checkpoint_hash,
+        model.text_encoder.fingerprint,
+        job.classes,
+        prompts,
+        job.seed,
+        request.steps,
+        request.sampler,
+        job.guidance_scale,
+        job.descriptions,
+        job.describe_classifier,
+        None if job.emphasis is None else job.emphasis.tolist(),
+        None if job.given is None else hashlib.sha256(job.given.numpy().tobytes()).hexdigest(),
+        None if job.given is None else job.strength,
+    ]
+    # JSON says where a part ends: no two different lists give the same text.
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class _KnownTexts:

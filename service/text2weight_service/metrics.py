@@ -55,6 +55,12 @@ class Metrics:
             "Redis calls that failed or timed out; each counts as misses.",
             registry=registry,
         )
+        self.redis_breaker = Gauge(
+            "t2w_redis_breaker_state",
+            "Whether Redis is called, by operation (read, write): 0 yes, 1 a single probe, 2 no.",
+            ["operation"],
+            registry=registry,
+        )
         self._waiting = Gauge("t2w_queue_waiting", "Requests waiting for the model now.", registry=registry)
         self._ready = Gauge("t2w_ready", "1 when the worker takes requests.", registry=registry)
 

@@ -28,11 +28,29 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
+class Progress:
+    """One denoiser call of a request that is under way.
+
+    Attributes:
+        step: calls made, from 1.
+        steps: calls in all.
+        timestep: at which this call was made.
+        head: safetensors bytes of the estimated head after this call, where it was asked for.
+    """
+
+    step: int
+    steps: int
+    timestep: int
+    head: bytes | None
+
+
+@dataclass(frozen=True)
 class Generated:
     """A finished head.
 
     Attributes:
-        data: safetensors bytes.
+        data: safetensors bytes, fp32.
+        key: hash of all that the head follows from; equal keys have equal heads.
         queue_s: time the request waited for the model, seconds.
         encode_s: time of its batch in the text encoder, seconds.
         sample_s: time of its batch in the reverse diffusion, seconds.
@@ -40,6 +58,7 @@ class Generated:
     """
 
     data: bytes
+    key: str
     queue_s: float
     encode_s: float
     sample_s: float

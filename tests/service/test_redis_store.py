@@ -1,0 +1,292 @@
+"""The store over a real Redis that is killed, paused, restarted, full or flooded: what comes back, and in what time."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, suppress
+
+import pytest
+
+from tests.service.redis_server import RedisServer, needs_redis, redis_server
+from text2weight_service import redis_store
+from text2weight_service.metrics import Metrics
+from text2weight_service.redis_store import BreakerState, RedisStore
+
+BUDGET_S = 0.2
+# Beyond the budget: a busy test machine may take this long to notice that a budget is over.
+GRACE_S = 0.3
+PAUSE_S = 0.05
+
+pytestmark = needs_redis
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_server: RedisServer) -> RedisServer:
+    with shared_server.connected() as client:
+        client.flushall()
+    return shared_server
+
+
+@pytest.fixture
+async def store(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RedisStore]:
+    monkeypatch.setattr(redis_store, "FIRST_PAUSE_S", PAUSE_S)
+    store = RedisStore(server.url, BUDGET_S, Metrics())
+    yield store
+    await store.close()
+
+
+class Stopwatch:
+    """Fails a test whose block takes longer than the budget."""
+
+    def __enter__(self) -> None:
+        self._started_at = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        assert time.monotonic() - self._started_at < BUDGET_S + GRACE_S
+
+
+async def recovered(store: RedisStore) -> None:
+    """Wait until both breakers are closed again, by calls such as requests make them."""
+    end = time.monotonic() + 10
+    while store.reads.state is not BreakerState.CLOSED or store.writes.state is not BreakerState.CLOSED:
+        assert time.monotonic() < end
+        await store.get_many(["probe"])
+        await store.set_many({"probe": b"1"}, 60)
+        await asyncio.sleep(0.02)
+
+
+async def test_values_come_back(server: RedisServer, store: RedisStore) -> None:
+    values = {f"k{i}": bytes([i, 0, 255]) for i in range(100)}
+    assert await store.set_many(values, 60)
+    assert await store.get_many(["absent", *values]) == values
+    assert await store.get_many([]) == {}
+    assert await store.set_many({}, 60)
+    with server.connected() as client:
+        assert 0 < client.ttl("k0") <= 60
+
+
+async def test_one_command_reads_many(server: RedisServer, store: RedisStore) -> None:
+    await store.get_many(["warm"])
+    with server.connected() as client:
+        client.config_resetstat()
+        await store.get_many([f"k{i}" for i in range(50)])
+        calls = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()}
+    assert calls["mget"] == 1
+    assert "get" not in calls
+
+
+async def test_values_of_other_types(server: RedisServer, store: RedisStore) -> None:
+    with server.connected() as client:
+        client.rpush("list", "a")
+        client.set("good", b"\xff")
+    assert await store.get_many(["list", "good"]) == {"good": b"\xff"}
+    decoding = RedisStore(server.url + "?decode_responses=true", BUDGET_S, Metrics())
+    with server.connected() as client:
+        client.set("text", "a")
+    assert await decoding.get_many(["text"]) == {}
+    await decoding.close()
+
+
+async def test_killed_and_restarted(server: RedisServer, store: RedisStore) -> None:
+    assert await store.set_many({"a": b"1"}, 60)
+    server.stop()
+    try:
+        for _ in range(20):
+            with Stopwatch():
+                assert await store.get_many(["a"]) == {}
+                assert not await store.set_many({"a": b"1"}, 60)
+        assert store.reads.state is BreakerState.OPEN
+    finally:
+        server.start()
+    await recovered(store)
+    assert await store.set_many({"a": b"2"}, 60)
+    assert await store.get_many(["a"]) == {"a": b"2"}
+
+
+async def test_paused(server: RedisServer, store: RedisStore) -> None:
+    """One call pays the budget; the ones after it pay nothing until a probe is due."""
+    assert await store.set_many({"a": b"1"}, 60)
+    server.pause()
+    try:
+        with Stopwatch():
+            assert await store.get_many(["a"]) == {}
+        started_at = time.monotonic()
+        for _ in range(5):
+            assert await store.get_many(["a"]) == {}
+        assert time.monotonic() - started_at < PAUSE_S
+    finally:
+        server.resume()
+    await recovered(store)
+    assert await store.get_many(["a"]) == {"a": b"1"}
+
+
+async def test_late_answers_are_never_taken_for_others(server: RedisServer, store: RedisStore) -> None:
+    values = {f"k{i}": str(i).encode() for i in range(40)}
+    assert await store.set_many(values, 60)
+    await asyncio.gather(*(store.get_many([key]) for key in values))  # open several connections
+    with server.connected() as client:
+        client.execute_command("CLIENT", "PAUSE", str(int(2 * BUDGET_S * 1000)), "ALL")
+    with Stopwatch():
+        results = await asyncio.gather(*(store.get_many([key]) for key in values))
+    assert results == [{}] * len(values)
+    tasks = [asyncio.create_task(store.get_many([key])) for key in values]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.sleep(2 * BUDGET_S)
+    await recovered(store)
+    for key, value in values.items():
+        assert await store.get_many([key]) == {key: value}
+
+
+async def test_full(server: RedisServer, store: RedisStore) -> None:
+    """A full Redis refuses writes and goes on serving reads."""
+    assert await store.set_many({"a": b"1"}, 60)
+    server.fill()
+    try:
+        for _ in range(3):
+            with Stopwatch():
+                assert not await store.set_many({"b": bytes(1000)}, 60)
+                assert await store.get_many(["a", "b"]) == {"a": b"1"}
+        assert store.writes.state is BreakerState.OPEN
+        assert store.reads.state is BreakerState.CLOSED
+    finally:
+        server.make_room()
+    await recovered(store)
+    assert await store.set_many({"b": b"2"}, 60)
+
+
+async def test_enormous_value(server: RedisServer, store: RedisStore) -> None:
+    with server.connected() as client:
+        client.setrange("a", 100 * 2**20, b"x")
+    with Stopwatch():
+        await store.get_many(["a"])
+
+
+async def test_flood(store: RedisStore) -> None:
+    """A thousand calls at once share few connections, and a wait for one of those is no fault of Redis."""
+    assert await store.set_many({"a": b"1"}, 60)
+    with Stopwatch():
+        results = await asyncio.gather(*(store.get_many(["a"]) for _ in range(1000)))
+    assert all(result in ({"a": b"1"}, {}) for result in results)
+    assert {"a": b"1"} in results
+
+
+async def test_redis_takes_no_more_connections(server: RedisServer, store: RedisStore) -> None:
+    with server.connected() as client:
+        client.config_set("maxclients", 1)
+        try:
+            with Stopwatch():
+                assert await store.get_many(["a"]) == {}
+        finally:
+            client.config_set("maxclients", 100)
+    await recovered(store)
+
+
+async def test_a_wrong_password(server: RedisServer, capsys: pytest.CaptureFixture[str]) -> None:
+    with server.connected() as client:
+        client.config_set("requirepass", "right")
+        client.execute_command("AUTH", "right")
+        try:
+            store = RedisStore(server.url.replace("//", "//:hunter2@"), BUDGET_S, Metrics())
+            with Stopwatch():
+                assert await store.get_many(["a"]) == {}
+            await store.close()
+        finally:
+            client.config_set("requirepass", "")
+    printed = capsys.readouterr()
+    assert "AuthenticationError" in printed.out
+    assert "hunter2" not in printed.out
+
+
+def _speak(answer: bytes, listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection, suppress(OSError):
+            while connection.recv(4096):
+                connection.sendall(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"+OK\r\n",
+        b":5\r\n",
+        b"*-1\r\n",
+        b"*0\r\n",
+        b"*2\r\n$1\r\na\r\n$1\r\nb\r\n",
+        b"-LOADING Redis is loading the dataset in memory\r\n",
+        b"-READONLY You can't write against a read only replica\r\n",
+        b"$999999999\r\nx",
+        b"\0" * 100,
+        b"*1\r\n" * 5000,
+    ],
+)
+async def test_nonsense_of_a_stranger(answer: bytes) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        threading.Thread(target=_speak, args=(answer, listener), daemon=True).start()
+        store = RedisStore(f"redis://127.0.0.1:{listener.getsockname()[1]}/0", BUDGET_S, Metrics())
+        with Stopwatch():
+            assert await store.get_many(["a"]) == {}
+        assert store.reads.state is BreakerState.OPEN
+        await store.close()
+
+
+async def test_one_probe_at_a_time(server: RedisServer, store: RedisStore) -> None:
+    """While a probe is on its way nobody else calls; a cancelled probe leaves its place to the next call."""
+    store.reads.state = BreakerState.OPEN
+    calls: list[int] = []
+    release = asyncio.Event()
+
+    async def work() -> str:
+        calls.append(1)
+        await release.wait()
+        return "done"
+
+    first = asyncio.create_task(store.reads.call(work, "otherwise"))
+    await asyncio.sleep(0)
+    assert store.reads.state is BreakerState.HALF_OPEN
+    assert await store.reads.call(work, "otherwise") == "otherwise"
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert store.reads.state is BreakerState.OPEN
+    release.set()
+    assert await store.reads.call(work, "otherwise") == "done"
+    assert store.reads.state is BreakerState.CLOSED
+    assert len(calls) == 2
+
+
+async def test_pauses_grow_and_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics()
+    clock = 1000.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redis_store.time, "monotonic", lambda: clock)
+        breaker = redis_store.CircuitBreaker("read", 60, metrics)
+
+        async def fail() -> None:
+            raise OSError("redis://:hunter2@host")
+
+        pauses = []
+        for _ in range(8):
+            await breaker.call(fail, None)
+            assert metrics.registry.get_sample_value("t2w_redis_breaker_state", {"operation": "read"}) == 2
+            pauses.append(breaker._probe_at - clock)
+            clock = breaker._probe_at
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+    printed = capsys.readouterr().out
+    assert printed.count("redis breaker") == 1 + 2 * 7
+    assert "OSError" in printed
+    assert "hunter2" not in printed
