@@ -138,6 +138,7 @@ class _KnownTexts:
 
     name = "cache"
     fingerprint = ""
+    vocabulary = None
 
     def __init__(self, rows: Mapping[str, Tensor], embedding_dim: int) -> None:
         self._rows = rows

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from text2weight.artifact import HeadArtifact
+from text2weight.denoiser import DenoiserConfig
+from text2weight.diffusion import NoiseSchedule
 from text2weight.generator import GenerationRequest
 from text2weight.head import HeadSpec
 from text2weight.text_encoder import TextEncoder
@@ -51,6 +55,16 @@ class ModelConfig(Protocol):
         """Measured results."""
         ...
 
+    @property
+    def denoiser(self) -> DenoiserConfig:
+        """What the network was trained to read."""
+        ...
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Noise schedule, whose length bounds the steps."""
+        ...
+
 
 class Model(Protocol):
     """The methods of `text2weight.generator.Generator` that the engine calls.
@@ -58,6 +72,11 @@ class Model(Protocol):
     `prompts`, `resolve_sampling` and `check` are cheap and run on the event loop; the text encoder and
     `generate_batch` run on the engine's thread only.
     """
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        ...
 
     @property
     def config(self) -> ModelConfig:
@@ -72,6 +91,11 @@ class Model(Protocol):
     @property
     def text_encoder(self) -> TextEncoder:
         """Embeds prompts."""
+        ...
+
+    @property
+    def anchor(self) -> Tensor:
+        """(P,) the head that deviations are measured from, on the CPU."""
         ...
 
     def prompts(self, classes: Sequence[str], template: str | None = None) -> list[str]:
