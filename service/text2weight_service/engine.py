@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -153,7 +153,7 @@ class Engine:
         self._share(loaded.cache, result)
         return result
 
-    async def stream(self, job: Job, heads_every: int) -> AsyncIterator[Progress | Generated]:
+    async def stream(self, job: Job, heads_every: int) -> AsyncGenerator[Progress | Generated]:
         """Generate one head and report its denoiser calls; the finished head comes last.
 
         A reader that is slower than the model misses progress, but never the finished head.

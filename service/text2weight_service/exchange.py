@@ -152,7 +152,8 @@ async def while_connected(request: Request, works: Sequence[Coroutine[Any, Any, 
                 raise ClientDisconnect
         return [task.result() for task in tasks]
     finally:
-        for task in (*tasks, gone):
+        gone.cancel()
+        for task in tasks:
             task.cancel()
         await asyncio.wait((*tasks, gone))
         for task in tasks:

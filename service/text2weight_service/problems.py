@@ -93,9 +93,9 @@ class ProblemError(Exception):
         self.headers = dict(headers or {})
 
 
-def problem_response(problem: ProblemError, request_id: str) -> Response:
-    """Render a problem."""
-    body = Problem(
+def describe_problem(problem: ProblemError, request_id: str) -> Problem:
+    """A problem as its client reads it."""
+    return Problem(
         type=problem.kind.type,
         title=problem.kind.title,
         status=problem.kind.status,
@@ -103,9 +103,12 @@ def problem_response(problem: ProblemError, request_id: str) -> Response:
         request_id=request_id,
         errors=list(problem.errors),
     )
-    return Response(
-        body.model_dump_json(), status_code=problem.kind.status, media_type=MEDIA_TYPE, headers=problem.headers
-    )
+
+
+def problem_response(problem: ProblemError, request_id: str) -> Response:
+    """Answer with a problem."""
+    body = describe_problem(problem, request_id).model_dump_json()
+    return Response(body, status_code=problem.kind.status, media_type=MEDIA_TYPE, headers=problem.headers)
 
 
 def internal_problem() -> ProblemError:
