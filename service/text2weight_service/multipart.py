@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from email.message import Message as MailMessage
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from text2weight_service.problems import FieldError, Kind, ProblemError, body_timeout_problem, invalid_fields
@@ -47,9 +47,18 @@ class Part:
 
 
 class _MemoryParser(MultiPartParser):
-    """Keeps every part in memory."""
+    """Keeps every part in memory, and knows whether the body was whole."""
 
     spool_max_size = 1 << 62
+    whole = False
+
+    def on_end(self) -> None:
+        self.whole = True
+
+    def close(self) -> None:
+        # Also the file of a part that the body breaks off in, which no form has.
+        for file in self._files_to_close_on_error:
+            file.close()
 
 
 def is_multipart(request: Request) -> bool:
@@ -77,14 +86,23 @@ async def read_parts(request: Request, rules: Mapping[str, PartRule], deadline: 
     # One more than allowed, so that the rules below can say which part is too many.
     most = 1 + sum(rule.most for rule in rules.values())
     largest = max(rule.max_bytes for rule in rules.values())
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()), aclosing(request.stream()) as stream:
-            parser = _MemoryParser(request.headers, stream, max_files=most, max_fields=most, max_part_size=largest)
-            form = await parser.parse()
-    except TimeoutError:
-        raise body_timeout_problem() from None
-    except MultiPartException as error:
-        raise ProblemError(Kind.MALFORMED_MULTIPART, error.message) from None
+    async with aclosing(request.stream()) as stream:
+        parser = _MemoryParser(request.headers, stream, max_files=most, max_fields=most, max_part_size=largest)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                form = await parser.parse()
+            if not parser.whole:
+                raise MultiPartException("The body ends before its last boundary.")
+            return _sort_parts(form, rules)
+        except TimeoutError:
+            raise body_timeout_problem() from None
+        except MultiPartException as error:
+            raise ProblemError(Kind.MALFORMED_MULTIPART, error.message) from None
+        finally:
+            parser.close()
+
+
+def _sort_parts(form: FormData, rules: Mapping[str, PartRule]) -> dict[str, list[Part]]:
     parts: dict[str, list[Part]] = {name: [] for name in rules}
     unknown = []
     for name, value in form.multi_items():
