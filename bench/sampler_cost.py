@@ -89,8 +89,11 @@ def _paper_generator(ours: Generator, loaded: Checkpoint, denoiser: DenoiserConf
 
 def _ddpm_call_times(generator: Generator, request: GenerationRequest) -> list[float]:
     """Seconds of each denoiser call with its step, of one run."""
+    sample = generator.begin(request)
     marks = [time.perf_counter()]
-    generator.generate_batch([request], on_step=lambda done: marks.append(time.perf_counter()))
+    while not sample.done:
+        generator.advance([sample])
+        marks.append(time.perf_counter())
     return [after - before for before, after in pairwise(marks)]
 
 

@@ -404,7 +404,6 @@ class Generator:
         self,
         requests: Sequence[GenerationRequest],
         *,
-        on_step: Callable[[int], None] | None = None,
         on_call: Callable[[DenoiserCall], None] | None = None,
     ) -> list[HeadArtifact]:
         """Generate and enhance several heads in one reverse diffusion.
@@ -413,15 +412,13 @@ class Generator:
 
         Args:
             requests: at least one.
-            on_step: called with the number of finished denoiser calls after each.
             on_call: called after each with its samples and estimates, to watch a sampler at work.
 
         Raises:
             InvalidInputError: see `check`.
         """
         samples = [self.begin(request) for request in requests]
-        for call in range(1, max(len(sample.plan) for sample in samples) + 1):
-            active = [i for i, sample in enumerate(samples) if not sample.done]
+        while active := [i for i, sample in enumerate(samples) if not sample.done]:
             timesteps = torch.tensor([samples[i].step.timestep for i in active])  # (b,)
             before = [samples[i].noisy for i in active]  # b of (P,)
             self.advance([samples[i] for i in active])
@@ -429,8 +426,6 @@ class Generator:
                 estimates = [samples[i].estimate for i in active]  # b of (P,)
                 shown = [self._space.restore(torch.stack(rows)).cpu() for rows in (before, estimates)]  # 2 x (b, P)
                 on_call(DenoiserCall(tuple(active), timesteps, *shown))
-            if on_step is not None:
-                on_step(call)
         return [self.finish(sample) for sample in samples]
 
     def _to_artifact(self, request: GenerationRequest, weights: Tensor) -> HeadArtifact:

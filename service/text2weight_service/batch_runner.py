@@ -1,161 +1,239 @@
-"""One batch: embeddings of the prompts, one reverse diffusion, bytes. A batch can fail; the runner cannot.
+"""The model's thread between two denoiser calls: who joins, who leaves, and what happens when a call fails.
 
-Letters: K classes, D embedding size.
+A call can fail; the runner cannot. A failed call has moved no sample, so it is made again without the one that broke
+it. Letters: K classes, D embedding size, P numbers in one head.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import structlog
 import torch
 from torch import Tensor
 
+from text2weight.artifact import HeadArtifact
 from text2weight.descriptions import ConditionText
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
-from text2weight_service.embedding_cache import MemoryCache
+from text2weight.sampling import Sample
+from text2weight_service.ladder import Ladder, Shape, StepTimes, is_out_of_memory
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
-from text2weight_service.work_queue import DeadlineError, Generated, StoppedError, WorkItem
+from text2weight_service.schedule import Running, choose_call
+from text2weight_service.text_stage import GenerationFailedError, fail_item
+from text2weight_service.work_queue import DeadlineError, Generated, Progress, StoppedError, WorkItem
+
+__all__ = ["BatchRunner", "GenerationFailedError", "SelfCheckError"]
 
 log = structlog.get_logger(__name__)
 
+_WARM_UP_CLASSES = ("cat", "dog")
+_WARM_UP_S = 2.0
+# Repeated sizes give equal bits, but a device may choose its kernels anew.
+_SELF_CHECK_TOLERANCE = 1e-2
 
-class GenerationFailedError(Exception):
-    """The model failed on this request; the cause is in the log."""
 
-
-class _AbandonedError(Exception):
-    """Nobody waits for any result of the running batch."""
+class SelfCheckError(Exception):
+    """The device computes something else than it did at start."""
 
 
 class BatchRunner:
-    """Computes batches of work items on the model's thread and resolves each item's future exactly once."""
+    """Moves running items on, one denoiser call at a time, and resolves each item's future exactly once."""
 
-    def __init__(self, model: Model, memory: MemoryCache, metrics: Metrics) -> None:
-        self._model = model
-        self._memory = memory
-        self._metrics = metrics
-        self.recent_batch_s = 0.0
+    def __init__(self, model: Model, metrics: Metrics, most_rows: int) -> None:
+        """Prepare to run a model; `most_rows` is the largest size of a call."""
+        self.running: list[Running] = []
+        self.ladder = Ladder(most_rows)
+        self.times = StepTimes(model.config.head.hidden_dim + 1)
         self.stop = False
+        self.call_began_at: float | None = None
+        self._model = model
+        self._metrics = metrics
+        self._turn = 0
+        self._request: GenerationRequest | None = None
+        self._expected: Tensor | None = None
+        metrics.ladder_rows.set(self.ladder.most)
 
     def warm_up(self) -> None:
-        """Run every stage once, so that the first request does not pay for lazy initialisation.
+        """Run every stage, so that the first request does not pay for lazy initialisation, and time the denoiser.
 
-        Also tells a broken model from a broken request. Whatever the model raises passes through.
+        Whatever the model raises passes through.
         """
-        classes = ("cat", "dog")
-        sampler, steps = self._model.resolve_sampling(None, None)
-        try:
-            embeddings = self._model.text_encoder.encode(self._model.prompts(classes))  # (K, D)
-        except InvalidInputError:  # a table of embeddings need not hold these names
-            embeddings = torch.eye(len(classes), self._model.text_encoder.embedding_dim)  # (K, D)
-        text = ConditionText(embeddings, "warm-up")  # nor need a checkpoint's own condition texts
-        request = GenerationRequest(classes, embeddings, 0, steps, sampler, condition_text=text)
-        self._model.generate_batch([request])[0].to_bytes()
-
-    def run(self, batch: Sequence[WorkItem]) -> bool:
-        """Compute a batch; where that fails, compute its items one by one, so that a broken one fails alone.
-
-        Returns:
-            False when no item could be computed for a reason that is not the request's own input.
-        """
+        self.check()
         started_at = time.monotonic()
-        items = [item for item in batch if item.start()]
-        if not items:
-            return True
-        try:
-            self._compute(items)
-            failures = 0
-        except Exception as error:  # the model may raise anything, and the thread must survive it
-            failures = self._recover(items, error)
-        spent = time.monotonic() - started_at
-        self.recent_batch_s = spent if self.recent_batch_s == 0 else 0.7 * self.recent_batch_s + 0.3 * spent
-        return failures < len(items)
+        for turn in range(2):
+            for rows in self.ladder.rungs:
+                if time.monotonic() - started_at > _WARM_UP_S:
+                    return
+                assert self._request is not None
+                sample = self._model.begin(self._request)
+                spent = self._advance([sample], rows)
+                if turn > 0:  # the first call of a shape may allocate, choose kernels or record
+                    self.times.add(Shape(sample.condition.mask.shape[1], guided=False), rows, spent)
 
-    def _recover(self, items: Sequence[WorkItem], error: Exception) -> int:
-        """Resolve the items of a failed batch; returns how many failed through the model's fault."""
-        if isinstance(error, _AbandonedError):
-            return sum(self._fail(item, error) for item in items)
-        if len(items) == 1:
-            return int(self._fail(items[0], error))
-        if not isinstance(error, InvalidInputError):
-            self._metrics.batch_failures.inc()
-            log.warning("batch failed, retrying item by item", items=len(items), error=repr(error))
-        failures = 0
-        for item in items:
-            try:
-                if time.monotonic() >= item.deadline:
-                    raise DeadlineError
-                self._compute([item])
-            except Exception as own_error:
-                failures += int(self._fail(item, own_error))
-        return failures
+    def check(self) -> None:
+        """Prove that the device still computes, and what it did at start; tells a broken model from a broken request.
 
-    def _fail(self, item: WorkItem, error: Exception) -> bool:
-        """Resolve one item with its error; returns whether the model is to blame."""
-        if isinstance(error, _AbandonedError):
-            item.future.set_exception(StoppedError())
-            return False
-        if isinstance(error, InvalidInputError | DeadlineError):
-            item.future.set_exception(error)
-            return False
-        log.error("generation failed", request_id=item.work.job.request_id, exc_info=error)
-        item.future.set_exception(GenerationFailedError())
-        return True
+        Raises:
+            SelfCheckError: the numbers are others than at start.
+            Exception: whatever the model raises.
+        """
+        self._request = self._check_request()
+        sample = self._model.begin(self._request)
+        while not sample.done:
+            self._advance([sample], 1)
+        artifact = self._model.finish(sample)
+        artifact.to_bytes()
+        numbers = torch.cat([artifact.tensors[name].flatten() for name in sorted(artifact.tensors)])  # (P,)
+        if self._expected is None:
+            self._expected = numbers
+        tolerance = _SELF_CHECK_TOLERANCE * float(self._expected.abs().max())
+        if not torch.allclose(numbers, self._expected, rtol=0, atol=tolerance):  # not finite is not close
+            raise SelfCheckError("the self-check's head is not the one that the device computed at start")
 
-    def _compute(self, items: Sequence[WorkItem]) -> None:
-        """Compute all items together and resolve them; on an error none of them is resolved."""
-        taken_at = time.monotonic()
-        requests, encoded = self._embed(items)
-        encoded_at = time.monotonic()
-        artifacts = self._model.generate_batch(requests, on_step=self._stop_if_unwanted(items))
-        sampled_at = time.monotonic()
-        results = [
-            Generated(
-                data=artifact.to_bytes(),
-                key=item.work.key,
-                queue_s=taken_at - item.queued_at,
-                encode_s=encoded_at - taken_at,
-                sample_s=sampled_at - encoded_at,
-                encoded={text: encoded[text] for text in item.work.texts if text in encoded},
-            )
-            for item, artifact in zip(items, artifacts, strict=True)
-        ]
-        for item, result in zip(items, results, strict=True):
-            item.future.set_result(result)
-            self._metrics.queue_seconds.observe(result.queue_s)
-        self._metrics.stage_seconds.labels("encode").observe(encoded_at - taken_at)
-        self._metrics.stage_seconds.labels("sample").observe(sampled_at - encoded_at)
-        self._metrics.batch_size.observe(len(items))
-        self._metrics.heads.inc(len(items))
-
-    def _embed(self, items: Sequence[WorkItem]) -> tuple[list[GenerationRequest], dict[str, Tensor]]:
-        """Embed the texts of all items, each distinct unknown text once.
+    def admit(self, items: Sequence[WorkItem]) -> bool:
+        """Begin items, which take part in calls from now on.
 
         Returns:
-            one request per item, and the rows (D,) that had to be computed, by text.
+            False when none could be begun for a reason that is not a request's own input.
         """
-        known: dict[str, Tensor] = {}
-        for item in items:
-            known.update(item.known)
-        unknown = dict.fromkeys(text for item in items for text in item.work.texts if text not in known)
-        known.update(self._memory.get(unknown))  # an earlier batch may have computed some since admission
-        missing = [text for text in unknown if text not in known]
-        encoded: dict[str, Tensor] = {}
-        if missing:
-            rows = self._model.text_encoder.encode(missing)  # (n, D)
-            # Copies, because a row of the result would keep the whole result alive in the cache.
-            encoded = {text: row.clone() for text, row in zip(missing, rows, strict=True)}
-            self._memory.put(encoded)
-            known.update(encoded)
-        return [item.work.fill_in(known) for item in items], encoded
+        claimed = [item for item in items if item.start()]
+        failures = 0
+        for item in claimed:
+            try:
+                sample = self._model.begin(item.work.fill_in(item.known))
+            except Exception as error:  # the model may raise anything, and the thread must survive it
+                failures += fail_item(item, error)
+                continue
+            item.calls_left = len(sample.plan)
+            one = Running(item, sample, self._turn)
+            self._metrics.queue_seconds.observe(one.begun_at - item.queued_at - item.encode_s)
+            self.running.append(one)
+        self._leave()
+        return not claimed or failures < len(claimed)
 
-    def _stop_if_unwanted(self, items: Sequence[WorkItem]) -> Callable[[int], None]:
-        def on_step(_: int) -> None:
-            if self.stop or all(item.abandoned for item in items):
-                raise _AbandonedError
+    def step(self) -> bool:
+        """Make one denoiser call for some of the running items, after letting go those that nobody waits for.
 
-        return on_step
+        Returns:
+            False when no member of the call could be computed for a reason that is not its own input.
+        """
+        self._drop_unwanted()
+        if not self.running:
+            return True
+        self._turn += 1
+        members, rows = choose_call(self.running, self._turn, self.ladder, self.times.seconds)
+        failed = self._call(members, rows)
+        for one in members:
+            one.last_turn = self._turn
+        self._leave()
+        return failed < len(members)
+
+    def fail_all(self, error: Exception) -> None:
+        """Resolve all running items with an error."""
+        for one in self.running:
+            one.item.future.set_exception(error)
+        self.running.clear()
+
+    def _call(self, members: Sequence[Running], rows: int) -> int:
+        """Move members on in one call; where that fails, in smaller ones. Returns how many the model failed on."""
+        try:
+            spent = self._advance([one.sample for one in members], rows)
+        except Exception as error:
+            return self._recover(members, rows, error)
+        self.times.add(members[0].shape, rows, spent)
+        self._metrics.stage_seconds.labels("sample").observe(spent)
+        self._metrics.batch_size.observe(len(members))
+        self._metrics.padding_rows.inc(rows - len(members))
+        self.ladder.succeeded()
+        self._metrics.ladder_rows.set(self.ladder.most)
+        for one in members:
+            one.item.calls_left = len(one.sample.plan) - one.sample.calls
+        return sum(self._report(one) for one in members)
+
+    def _recover(self, members: Sequence[Running], rows: int, error: Exception) -> int:
+        self._metrics.batch_failures.inc()
+        if is_out_of_memory(error) and rows > 1:
+            self.ladder.shrink(rows)
+            self._metrics.ladder_rows.set(self.ladder.most)
+            log.warning("out of memory, making smaller calls", rows=rows, largest=self.ladder.most)
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            return 0  # no sample has moved: they are members of later calls
+        if len(members) == 1:
+            return self._fail(members[0], error)
+        log.warning("denoiser call failed, halving it", members=len(members), error=repr(error))
+        half = len(members) // 2
+        return sum(self._call(part, self.ladder.at_least(len(part))) for part in (members[:half], members[half:]))
+
+    def _advance(self, samples: Sequence[Sample], rows: int) -> float:
+        """Make a call; returns its seconds."""
+        started_at = self.call_began_at = time.monotonic()
+        try:
+            self._model.advance(samples, rows)
+        finally:
+            self.call_began_at = None
+        return time.monotonic() - started_at
+
+    def _report(self, one: Running) -> int:
+        """Tell whoever watches about the last call; returns 1 if that failed through the model's fault."""
+        item, sample = one.item, one.sample
+        if item.report is None:
+            return 0
+        head = None
+        try:
+            if item.heads_every and sample.calls % item.heads_every == 0:
+                head = self._model.preview(sample).to_bytes()
+        except Exception as error:
+            return self._fail(one, error)
+        item.report(Progress(sample.calls, len(sample.plan), sample.plan[sample.calls - 1].timestep, head))
+        return 0
+
+    def _leave(self) -> None:
+        """Resolve the items that are done."""
+        for one in [one for one in self.running if one.sample.done]:
+            try:
+                artifact = self._model.finish(one.sample)
+                result = self._result(one, artifact)
+            except Exception as error:
+                self._fail(one, error)
+                continue
+            self.running.remove(one)
+            one.item.future.set_result(result)
+            self._metrics.heads.inc()
+
+    def _result(self, one: Running, artifact: HeadArtifact) -> Generated:
+        item = one.item
+        return Generated(
+            data=artifact.to_bytes(),
+            key=item.work.key,
+            queue_s=max(one.begun_at - item.queued_at - item.encode_s, 0.0),
+            encode_s=item.encode_s,
+            sample_s=time.monotonic() - one.begun_at,
+        )
+
+    def _fail(self, one: Running, error: Exception) -> int:
+        self.running.remove(one)
+        return int(fail_item(one.item, error))
+
+    def _drop_unwanted(self) -> None:
+        if self.stop:
+            self.fail_all(StoppedError())
+        now = time.monotonic()
+        for one in [one for one in self.running if one.item.abandoned or now >= one.item.deadline]:
+            self.running.remove(one)
+            one.item.future.set_exception(StoppedError() if one.item.abandoned else DeadlineError())
+            self._metrics.dropped.labels("left" if one.item.abandoned else "deadline").inc()
+
+    def _check_request(self) -> GenerationRequest:
+        """Two classes by the default sampler, always the same."""
+        sampler, steps = self._model.resolve_sampling(None, None)
+        encoder = self._model.text_encoder
+        try:
+            embeddings = encoder.encode(self._model.prompts(_WARM_UP_CLASSES))  # (K, D)
+        except InvalidInputError:  # a table of embeddings need not hold these names
+            embeddings = torch.eye(len(_WARM_UP_CLASSES), encoder.embedding_dim)  # (K, D)
+        text = ConditionText(embeddings, "warm-up")  # nor need a checkpoint's own condition texts
+        return GenerationRequest(_WARM_UP_CLASSES, embeddings, 0, steps, sampler, condition_text=text)

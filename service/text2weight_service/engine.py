@@ -6,19 +6,27 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import structlog
 
+from text2weight.generator import CLASS_MULTIPLE
 from text2weight_service.batch_runner import BatchRunner
 from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, SharedEmbeddings
-from text2weight_service.job import Job, plan_work
+from text2weight_service.flights import Flight, Flights
+from text2weight_service.head_cache import HeadCache
+from text2weight_service.job import Job, Work, plan_work
+from text2weight_service.ladder import Shape
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model, load_model
 from text2weight_service.redis_store import RedisStore
 from text2weight_service.settings import Settings
+from text2weight_service.text_stage import TextStage
 from text2weight_service.work_queue import (
     DeadlineError,
     Generated,
@@ -32,6 +40,13 @@ from text2weight_service.work_queue import (
 log = structlog.get_logger(__name__)
 
 _LONGEST_RETRY_AFTER_S = 60
+# A denoiser call that takes longer hangs: the device is lost.
+LONGEST_CALL_S = 120.0
+# Share of an estimated time that a request must have left to be taken.
+_SURE = 0.8
+# Progress that a stream's slow reader can catch up on.
+_MOST_UNREAD = 32
+_FEW_CLASSES = Shape(CLASS_MULTIPLE, guided=False)
 
 
 class Phase(Enum):
@@ -52,11 +67,10 @@ class NotReadyError(Exception):
 
 
 class BusyError(Exception):
-    """The queue is full; `retry_after_s` estimates when it will not be."""
+    """Too much is under way to take this request; `retry_after_s` estimates when it will not be."""
 
-    def __init__(self, waiting: int, retry_after_s: int) -> None:
-        super().__init__(f"{waiting} requests are waiting")
-        self.waiting = waiting
+    def __init__(self, reason: str, retry_after_s: int) -> None:
+        super().__init__(reason)
         self.retry_after_s = retry_after_s
 
 
@@ -65,6 +79,7 @@ class _Loaded:
     model: Model
     cache: EmbeddingCache
     runner: BatchRunner
+    texts: TextStage
 
 
 class Engine:
@@ -82,7 +97,11 @@ class Engine:
         """
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self.metrics.watch(lambda: self._queue.waiting, lambda: self.phase is Phase.READY)
+        self.metrics.watch(
+            lambda: self._queue.waiting,
+            lambda: 0 if self._loaded is None else len(self._loaded.runner.running),
+            lambda: self.phase is Phase.READY,
+        )
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] | None = None
         self._load = load
@@ -93,7 +112,10 @@ class Engine:
         if settings.redis_url is not None:
             url = settings.redis_url.get_secret_value()
             self._redis = RedisStore(url, settings.redis_timeout_s, self.metrics)
+        self._heads = HeadCache(settings.head_cache_mb, self._redis, settings.head_ttl_s, self.metrics)
+        self._flights = Flights(self.metrics)
         self._thread = threading.Thread(target=self._run, name="t2w-model", daemon=True)
+        self._text_thread: threading.Thread | None = None
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -107,9 +129,13 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the model's thread can still answer; False asks the orchestrator for a restart."""
-        died = self._thread.ident is not None and not self._thread.is_alive() and not self._draining
-        return self.failure is None and not died
+        """Whether the model's threads can still answer; False asks the orchestrator for a restart."""
+        if self.failure is not None:
+            return False
+        died = any(thread.ident is not None and not thread.is_alive() for thread in self._threads())
+        began_at = None if self._loaded is None else self._loaded.runner.call_began_at
+        hangs = began_at is not None and time.monotonic() - began_at > LONGEST_CALL_S
+        return not hangs and (self._draining or not died)
 
     @property
     def model(self) -> Model:
@@ -127,36 +153,38 @@ class Engine:
         self._thread.start()
 
     async def generate(self, job: Job) -> Generated:
-        """Generate one head, together with whatever other requests wait.
+        """Generate one head; its denoiser calls are shared with whatever other requests are under way.
+
+        A head that is known already is returned at once, and equal requests under way are computed once.
 
         Raises:
             InvalidInputError: the model refuses the input; `field` says which part.
             NotReadyError: starting, draining or failed.
-            BusyError: too many requests wait.
-            DeadlineError: not finished in time.
+            BusyError: too many requests are under way, or so many that this one cannot be finished in time.
+            DeadlineError: not finished in time, or the time is too short for it even without any other request.
             GenerationFailedError: the model failed on this request.
         """
         loaded = self._require_ready()
         work = plan_work(loaded.model, job)
-        try:
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                with self._queue.place() as place:
-                    item = WorkItem(work, await loaded.cache.lookup(work.texts))
-                    place.submit(item)
-                    result = await asyncio.wrap_future(item.future)
-        except QueueFullError:
-            raise BusyError(self._queue.waiting, self._retry_after_s(loaded.runner)) from None
-        except StoppedError:
-            raise NotReadyError(self.phase) from None
-        except TimeoutError:
-            raise DeadlineError from None
-        self._share(loaded.cache, result)
-        return result
+        while True:
+            head = self._heads.get(work.key) if job.reusable else None
+            if head is not None:
+                return Generated(head, work.key)
+            if self._flights.get(work.key) is None:
+                self._refuse_hopeless(loaded, work)
+            try:
+                with self._as_answers():
+                    return await self._flights.wait(work.key, job.deadline, partial(self._compute, loaded, work))
+            except DeadlineError:
+                if time.monotonic() >= job.deadline:
+                    raise
+                # Joined in the moment in which the others' time was over: compute it anew.
 
     async def stream(self, job: Job, heads_every: int) -> AsyncGenerator[Progress | Generated]:
         """Generate one head and report its denoiser calls; the finished head comes last.
 
-        A reader that is slower than the model misses progress, but never the finished head.
+        It is always computed, for watching is the point. A reader that is slower than the model misses progress, but
+        never the finished head.
 
         Args:
             job: what is asked for.
@@ -165,7 +193,29 @@ class Engine:
         Raises:
             As `generate`.
         """
-        yield await self.generate(job)
+        loaded = self._require_ready()
+        work = plan_work(loaded.model, job)
+        self._refuse_hopeless(loaded, work)
+        news = _News()
+        flight = Flight(job.deadline)
+        task = asyncio.create_task(self._compute(loaded, work, flight, (news.put, heads_every)))
+        task.add_done_callback(lambda _: news.wake())
+        try:
+            while not task.done():
+                with self._as_answers():
+                    async with asyncio.timeout(job.deadline - time.monotonic()):
+                        await news.arrived.wait()
+                news.arrived.clear()
+                while news.unread:
+                    yield news.unread.popleft()
+            with self._as_answers():
+                result = await task
+            yield result
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.exception()  # a reader that left does not want to know
 
     def begin_drain(self) -> None:
         """Take no new requests; finish the accepted ones. May be called from any thread and from signal handlers."""
@@ -188,38 +238,116 @@ class Engine:
         if self._redis is not None:
             await self._redis.close()
 
+    def _threads(self) -> list[threading.Thread]:
+        return [self._thread] if self._text_thread is None else [self._thread, self._text_thread]
+
     def _require_ready(self) -> _Loaded:
         if self._loaded is None or self.phase is not Phase.READY:
             raise NotReadyError(self.phase)
         return self._loaded
 
-    def _retry_after_s(self, runner: BatchRunner) -> int:
-        batches = math.ceil(self._queue.waiting / self.settings.max_batch_size)
-        return min(max(math.ceil(batches * runner.recent_batch_s), 1), _LONGEST_RETRY_AFTER_S)
+    async def _compute(
+        self,
+        loaded: _Loaded,
+        work: Work,
+        flight: Flight,
+        report: tuple[Callable[[Progress], None], int] | None = None,
+    ) -> Generated:
+        """Have a head computed, unless another worker has it; who watches gets it computed."""
+        reusable = work.job.reusable
+        with self._queue.place() as place:
+            head = await self._heads.fetch(work.key) if reusable and report is None else None
+            if head is not None:
+                return Generated(head, work.key)
+            known = await loaded.cache.lookup(work.texts)
+            item = WorkItem(work, known, flight.deadline, *(report or ()))
+            flight.item = item
+            place.submit(item)
+            result = await asyncio.wrap_future(item.future)
+        if reusable:
+            self._heads.keep(work.key, result.data)
+        if self._redis is not None:
+            if item.encoded:
+                self._later(loaded.cache.share(item.encoded))
+            if reusable:
+                self._later(self._heads.share(work.key, result.data))
+        return result
 
-    def _share(self, cache: EmbeddingCache, result: Generated) -> None:
-        if self._redis is not None and result.encoded:
-            task = asyncio.create_task(cache.share(result.encoded))
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
+    def _refuse_hopeless(self, loaded: _Loaded, work: Work) -> None:
+        """Refuse now what the measured times say cannot be finished in time.
+
+        The estimates are of a machine that may have been busier than it will be, so only what lacks a good part of
+        its time is refused.
+
+        Raises:
+            DeadlineError: too slow even alone.
+            BusyError: too slow beside the requests that are under way.
+        """
+        times, guided = loaded.runner.times, work.job.guidance_scale != 1
+        shape = Shape(-(-len(work.job.classes) // CLASS_MULTIPLE) * CLASS_MULTIPLE, guided)
+        left_s = work.job.deadline - time.monotonic()
+        alone_s = work.calls * times.seconds(shape, 1)
+        if _SURE * alone_s > left_s:
+            self.metrics.refused.labels("deadline").inc()
+            raise DeadlineError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
+        rows = self._queue.rows_ahead(work.calls) + work.calls * (1 + guided)
+        if _SURE * rows * self._row_s(loaded) > left_s:
+            self.metrics.refused.labels("load").inc()
+            raise BusyError("the requests under way leave no time for this one", self._retry_after_s(loaded))
+
+    def _row_s(self, loaded: _Loaded) -> float:
+        """Seconds per row of the best size of a call, at few classes."""
+        runner = loaded.runner
+        return min(runner.times.seconds(_FEW_CLASSES, rows) / rows for rows in runner.ladder.rungs)
+
+    def _retry_after_s(self, loaded: _Loaded) -> int:
+        rows = self._queue.rows_ahead(self.settings.max_steps)
+        return min(max(math.ceil(rows * self._row_s(loaded)), 1), _LONGEST_RETRY_AFTER_S)
+
+    @contextmanager
+    def _as_answers(self) -> Iterator[None]:
+        """Turn what a computation ends with into what callers are told."""
+        try:
+            yield
+        except QueueFullError:
+            self.metrics.refused.labels("full").inc()
+            retry_after_s = 1 if self._loaded is None else self._retry_after_s(self._loaded)
+            raise BusyError(f"{self._queue.waiting} requests are waiting", retry_after_s) from None
+        except StoppedError:
+            raise NotReadyError(self.phase) from None
+        except TimeoutError:
+            raise DeadlineError from None
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     # Below: the model's thread.
 
     def _run(self) -> None:
         try:
-            runner = self._prepare()
+            loaded = self._prepare()
         except Exception as error:  # whatever is wrong with a checkpoint, the worker must report it and not hang
             self._fail(error)
             return
-        while batch := self._queue.take(self.settings.max_batch_size, self.settings.batch_window_ms / 1000):
-            if not runner.run(batch):
+        runner, texts = loaded.runner, loaded.texts
+        while self.failure is None:
+            items = self._queue.take_ready(0 if runner.running else self.settings.self_check_s)
+            idle = not items and not runner.running
+            if idle and self._queue.over:
+                return
+            fine = runner.admit(items)
+            fine = runner.step() and fine
+            if idle or not fine or texts.in_doubt:
+                texts.in_doubt = False
                 self._check_model(runner)
 
-    def _prepare(self) -> BatchRunner:
+    def _prepare(self) -> _Loaded:
         started_at = time.monotonic()
         model = self._load(self.settings)
         memory = MemoryCache(self.settings.embedding_cache_size)
-        runner = BatchRunner(model, memory, self.metrics)
+        runner = BatchRunner(model, self.metrics, self.settings.max_batch_size)
         loaded_at = time.monotonic()
         runner.warm_up()
         encoder = model.text_encoder
@@ -228,21 +356,26 @@ class Engine:
             ttl_s = self.settings.embedding_ttl_s
             shared = SharedEmbeddings(self._redis, encoder.fingerprint, encoder.embedding_dim, ttl_s, self.metrics)
         cache = EmbeddingCache(memory, shared, self.metrics)
-        self._loaded = _Loaded(model, cache, runner)
+        texts = TextStage(encoder, memory, self._queue, self.metrics)
+        self._text_thread = threading.Thread(target=texts.run, name="t2w-text", daemon=True)
+        self._text_thread.start()
+        self._loaded = _Loaded(model, cache, runner, texts)
         log.info(
             "model ready",
             checkpoint=model.checkpoint_hash,
             load_s=round(loaded_at - started_at, 3),
             warm_up_s=round(time.monotonic() - loaded_at, 3),
+            call_ms={rows: round(1000 * runner.times.seconds(_FEW_CLASSES, rows), 2) for rows in runner.ladder.rungs},
         )
-        return runner
+        return self._loaded
 
     def _check_model(self, runner: BatchRunner) -> None:
-        """Tell a broken model from a broken request: a lost device fails on the warm-up request too."""
+        """Tell a broken model from a broken request: a lost device fails on the self-check, too."""
         try:
-            runner.warm_up()
+            runner.check()
         except Exception as error:
             self._fail(error)
+            runner.fail_all(StoppedError())
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
@@ -251,3 +384,25 @@ class Engine:
         self._queue.fail_waiting()
         if self.on_failure is not None:
             self.on_failure()
+
+
+class _News:
+    """What a stream's reader has not read yet. The model's thread puts, the event loop that made it reads.
+
+    Bounded: the oldest progress makes room, so a slow reader holds nobody up.
+    """
+
+    def __init__(self) -> None:
+        self.unread: deque[Progress] = deque(maxlen=_MOST_UNREAD)
+        self.arrived = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, progress: Progress) -> None:
+        """Add progress, on the model's thread."""
+        self.unread.append(progress)
+        with suppress(RuntimeError):  # the loop has closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self.arrived.set)
+
+    def wake(self) -> None:
+        """Let the reader look, on the event loop."""
+        self.arrived.set()

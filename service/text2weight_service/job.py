@@ -65,6 +65,7 @@ class Work:
         prompts: one for each class.
         texts: every text that has to be embedded, each once: prompts and descriptions.
         request: what is computed, with embeddings that are yet to be filled in.
+        calls: most denoiser calls that it takes.
         key: hash of all that the head follows from.
     """
 
@@ -72,6 +73,7 @@ class Work:
     prompts: tuple[str, ...]
     texts: tuple[str, ...]
     request: GenerationRequest
+    calls: int
     key: str
 
     def fill_in(self, rows: Mapping[str, Tensor]) -> GenerationRequest:
@@ -109,7 +111,10 @@ def plan_work(model: Model, job: Job) -> Work:
     model.check(request)
     described = () if job.descriptions is None else match_descriptions(job.descriptions, job.classes)
     texts = dict.fromkeys([*prompts, *(text for own in described for text in own)])
-    return Work(job, prompts, tuple(texts), request, _hash(model, job, prompts, request))
+    calls = steps
+    if job.given is not None:
+        calls = min(steps, round(job.strength * model.config.schedule.num_timesteps))
+    return Work(job, prompts, tuple(texts), request, calls, _hash(model, job, prompts, request))
 
 
 def _hash(model: Model, job: Job, prompts: Sequence[str], request: GenerationRequest) -> str:

@@ -32,16 +32,16 @@ class Metrics:
         )
         self.stage_seconds = Histogram(
             "t2w_batch_duration_seconds",
-            "Time of one batch in a stage: encode (text encoder) or sample (reverse diffusion).",
+            "Time of one call of a stage: encode (text encoder) or sample (denoiser).",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.batch_size = Histogram(
-            "t2w_batch_size", "Requests in one reverse diffusion.", buckets=_BATCH_SIZES, registry=registry
+            "t2w_batch_size", "Requests in one denoiser call.", buckets=_BATCH_SIZES, registry=registry
         )
         self.batch_failures = Counter(
-            "t2w_batch_failures_total", "Batches that failed and were retried item by item.", registry=registry
+            "t2w_batch_failures_total", "Calls that failed and were made again in parts.", registry=registry
         )
         self.heads = Counter("t2w_heads_generated_total", "Heads generated.", registry=registry)
         self.cache_lookups = Counter(
@@ -61,12 +61,44 @@ class Metrics:
             ["operation"],
             registry=registry,
         )
+        self.padding_rows = Counter(
+            "t2w_padding_rows_total", "Rows of denoiser calls that no request needed.", registry=registry
+        )
+        self.ladder_rows = Gauge(
+            "t2w_largest_call_rows",
+            "Most rows of a denoiser call; fewer after running out of memory.",
+            registry=registry,
+        )
+        self.dropped = Counter(
+            "t2w_dropped_total",
+            "Requests dropped between two denoiser calls, by reason (left, deadline).",
+            ["reason"],
+            registry=registry,
+        )
+        self.refused = Counter(
+            "t2w_refused_total",
+            "Requests refused at once, by reason (full, deadline: too short even alone, load: too short now).",
+            ["reason"],
+            registry=registry,
+        )
+        self.joined = Counter(
+            "t2w_joined_total", "Requests answered by the computation of an equal one under way.", registry=registry
+        )
+        self.head_lookups = Counter(
+            "t2w_head_cache_lookups_total",
+            "Finished heads looked up, by tier (memory, redis) and result (hit, miss, invalid).",
+            ["tier", "result"],
+            registry=registry,
+        )
+        self.head_cache_bytes = Gauge("t2w_head_cache_bytes", "Bytes of finished heads kept.", registry=registry)
+        self._running = Gauge("t2w_running", "Requests between their first and last denoiser call.", registry=registry)
         self._waiting = Gauge("t2w_queue_waiting", "Requests waiting for the model now.", registry=registry)
         self._ready = Gauge("t2w_ready", "1 when the worker takes requests.", registry=registry)
 
-    def watch(self, waiting: Callable[[], float], ready: Callable[[], float]) -> None:
-        """Read the two gauges from the engine whenever they are scraped."""
+    def watch(self, waiting: Callable[[], float], running: Callable[[], float], ready: Callable[[], float]) -> None:
+        """Read these gauges from the engine whenever they are scraped."""
         self._waiting.set_function(waiting)
+        self._running.set_function(running)
         self._ready.set_function(ready)
 
     def render(self) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.generator import GenerationRequest
 from text2weight.head import HeadSpec
+from text2weight.sampling import Sample
 from text2weight.text_encoder import TextEncoder
 from text2weight_service.settings import Settings
 
@@ -46,6 +48,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule."""
+        ...
+
+    @property
     def backbone(self) -> dict[str, Any]:
         """The image model whose features the heads take."""
         ...
@@ -60,17 +67,12 @@ class ModelConfig(Protocol):
         """What the network was trained to read."""
         ...
 
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """Noise schedule, whose length bounds the steps."""
-        ...
-
 
 class Model(Protocol):
     """The methods of `text2weight.generator.Generator` that the engine calls.
 
-    `prompts`, `resolve_sampling` and `check` are cheap and run on the event loop; the text encoder and
-    `generate_batch` run on the engine's thread only.
+    `prompts`, `resolve_sampling` and `check` are cheap and run on the event loop. The text encoder runs on a thread of
+    its own, and for checks on the model's thread, which alone calls the rest.
     """
 
     @property
@@ -110,11 +112,31 @@ class Model(Protocol):
         """Raise InvalidInputError for a request that cannot be computed."""
         ...
 
-    def generate_batch(
-        self, requests: Sequence[GenerationRequest], *, on_step: Callable[[int], None] | None = None
-    ) -> list[HeadArtifact]:
-        """Generate heads in one reverse diffusion; `on_step` may raise to stop it."""
+    def begin(self, request: GenerationRequest) -> Sample:
+        """Begin a request's reverse diffusion; raises InvalidInputError for one that cannot be computed."""
         ...
+
+    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
+        """Make the next denoiser call of each sample, all in one of so many rows; on an error none has moved."""
+        ...
+
+    def finish(self, sample: Sample) -> HeadArtifact:
+        """The head of a sample that is done."""
+        ...
+
+    def preview(self, sample: Sample) -> HeadArtifact:
+        """The head that the last call of a sample estimated."""
+        ...
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use, by its affinity and by the quota of its control group."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or "max": no quota
+        return cores
 
 
 def load_model(settings: Settings) -> Model:
@@ -128,7 +150,7 @@ def load_model(settings: Settings) -> Model:
     from text2weight.checkpoint import bundled_checkpoint
     from text2weight.generator import Generator
 
-    if settings.torch_threads is not None:
-        torch.set_num_threads(settings.torch_threads)
+    # A container's quota is unknown to torch: with a thread for every core of the machine it would mostly wait.
+    torch.set_num_threads(settings.torch_threads or usable_cores())
     path: str | Path = settings.checkpoint if settings.checkpoint is not None else bundled_checkpoint()
     return Generator.load(path, device=settings.device)

@@ -24,13 +24,10 @@ class Settings(BaseSettings):
         default=None, description="checkpoint directory or hf:owner/name@revision; unset: bundled"
     )
     device: str = Field(default="cpu", min_length=1, description="torch device of the denoiser and the text encoder")
-    torch_threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset: torch decides")
+    torch_threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset: usable cores")
 
-    max_batch_size: int = Field(default=32, ge=1, description="most requests in one reverse diffusion")
-    batch_window_ms: float = Field(
-        default=2.0, ge=0, le=1000, description="longest wait for a batch as large as the last"
-    )
-    queue_size: int = Field(default=256, ge=1, description="most requests waiting for the model; more get 429")
+    max_batch_size: int = Field(default=32, ge=1, description="most requests in one denoiser call")
+    queue_size: int = Field(default=256, ge=1, description="most requests accepted and unanswered; more get 429")
     request_timeout_s: float = Field(default=30.0, gt=0, description="from first byte of a request to its answer")
     drain_timeout_s: float = Field(default=20.0, ge=0, description="time to finish accepted requests at shutdown")
 
@@ -38,6 +35,10 @@ class Settings(BaseSettings):
     max_classes: int = Field(default=256, ge=2, le=256, description="most class names in one request")
     max_steps: int = Field(default=1000, ge=1, le=1000, description="most denoiser steps in one request")
 
+    self_check_s: float = Field(default=30.0, gt=0, description="idle time after which the device is checked")
+
+    head_cache_mb: int = Field(default=64, ge=0, description="finished heads kept in this process; 0: no head cache")
+    head_ttl_s: int = Field(default=86_400, ge=1, description="life of a finished head in Redis")
     embedding_cache_size: int = Field(default=20_000, ge=1, description="text embeddings kept in this process")
     redis_url: SecretStr | None = Field(
         default=None, description="Redis shared by workers as embedding cache; unset: none"

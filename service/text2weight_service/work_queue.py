@@ -1,11 +1,11 @@
-"""The bounded line of requests between the event loop and the model's thread."""
+"""What waits between the event loop and the model: items, their results, and a bounded line for them."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +14,16 @@ from torch import Tensor
 
 from text2weight_service.job import Work
 
+# Texts that are encoded together at most: an item waits for its own texts and not for those of a hundred others.
+_TEXTS_TOGETHER = 256
+
 
 class QueueFullError(Exception):
-    """As many requests wait as are allowed."""
+    """As many requests are under way as are allowed."""
 
 
 class DeadlineError(Exception):
-    """The request's time was over before its result was there."""
+    """The request's time was over before its result was there, or cannot suffice."""
 
 
 class StoppedError(Exception):
@@ -51,45 +54,64 @@ class Generated:
     Attributes:
         data: safetensors bytes, fp32.
         key: hash of all that the head follows from; equal keys have equal heads.
-        queue_s: time the request waited for the model, seconds.
-        encode_s: time of its batch in the text encoder, seconds.
-        sample_s: time of its batch in the reverse diffusion, seconds.
-        encoded: embeddings (D,) by text that were computed for it, for the shared cache.
+        queue_s: time the request waited for the model, seconds; 0 for a head that was there already.
+        encode_s: time its texts spent in the text encoder, together with others', seconds; likewise.
+        sample_s: time from its first to its last denoiser call, others' in between, seconds; likewise.
     """
 
     data: bytes
     key: str
-    queue_s: float
-    encode_s: float
-    sample_s: float
-    encoded: Mapping[str, Tensor]
+    queue_s: float = 0.0
+    encode_s: float = 0.0
+    sample_s: float = 0.0
 
 
 @dataclass(eq=False)
 class WorkItem:
-    """One request on its way through the model.
+    """One computation on its way through the model; several equal requests may wait for it.
 
     Attributes:
         work: what is computed.
-        known: embeddings (D,) by text that the caches already held.
+        known: embeddings (D,) by text that the caches already held; the text encoder's are added.
+        deadline: `time.monotonic()` after which nobody wants the result.
+        report: called on the model's thread after each of the item's denoiser calls, or None.
+        heads_every: report a head after every so many calls; 0 for never.
         future: receives the result or an error, exactly once.
-        abandoned: set when nobody waits any more; a running batch stops when all of its items are abandoned.
+        abandoned: set when nobody waits any more; the model drops the item before its next call.
+        queued_at: `time.monotonic()` of its making.
+        encoded: embeddings (D,) by text that were computed for it, for the shared cache.
+        encode_s: time of that, seconds.
+        calls_left: denoiser calls that are still to be made.
     """
 
     work: Work
     known: Mapping[str, Tensor]
+    deadline: float
+    report: Callable[[Progress], None] | None = None
+    heads_every: int = 0
     future: Future[Generated] = field(default_factory=Future)
     abandoned: bool = False
     queued_at: float = field(default_factory=time.monotonic)
+    encoded: Mapping[str, Tensor] = field(default_factory=dict)
+    encode_s: float = 0.0
+    calls_left: int = 0
+
+    def __post_init__(self) -> None:
+        self.calls_left = self.work.calls
 
     @property
-    def deadline(self) -> float:
-        """`time.monotonic()` after which nobody wants the result."""
-        return self.work.job.deadline
+    def guided(self) -> bool:
+        """Whether each of its calls takes two rows of the network."""
+        return self.work.request.guidance_scale != 1
+
+    @property
+    def missing(self) -> list[str]:
+        """Texts that are yet to be embedded."""
+        return [text for text in self.work.texts if text not in self.known]
 
     def start(self) -> bool:
         """Claim the item for the model; False when it was cancelled or, with an error, when it is too late."""
-        if not self.future.set_running_or_notify_cancel():
+        if self.abandoned or not self.future.set_running_or_notify_cancel():
             return False
         if time.monotonic() >= self.deadline:
             self.future.set_exception(DeadlineError())
@@ -105,30 +127,43 @@ class Place:
         self.item: WorkItem | None = None
 
     def submit(self, item: WorkItem) -> None:
-        """Fill the place with an item, which the model's thread may take from now on.
+        """Fill the place with an item, which the model's threads may take from now on.
 
         Raises:
-            StoppedError: the queue was closed in the meantime.
+            StoppedError: the worker has stopped in the meantime.
         """
-        self._queue._append(item)
+        self._queue._submit(item)
         self.item = item
 
 
 class WorkQueue:
-    """First in, first out; never holds more than `size` reserved and waiting requests. Thread-safe."""
+    """A bounded number of accepted items: those whose texts wait, those that wait for the model, those it works on.
+
+    Items with missing texts pass the text encoder first; the others overtake them. Thread-safe.
+    """
 
     def __init__(self, size: int) -> None:
+        """Make an empty queue with `size` places."""
         self._size = size
-        self._reserved = 0
-        self._items: deque[WorkItem] = deque()
+        self._places = 0
+        self._submitting = 0  # places whose items are still to come
+        self._encoding = 0  # items in the text encoder's hands
+        self._without_texts: deque[WorkItem] = deque()
+        self._ready: deque[WorkItem] = deque()
+        self._accepted: set[WorkItem] = set()
         self._closed = False
-        self._last_batch = 0
+        self._stopped = False
         self._changed = threading.Condition()
 
     @property
     def waiting(self) -> int:
-        """Number of requests that were admitted and not yet taken by the model."""
-        return self._reserved + len(self._items)
+        """Number of requests that were accepted and that the model has not begun."""
+        return self._submitting + self._encoding + len(self._without_texts) + len(self._ready)
+
+    def rows_ahead(self, calls: int) -> int:
+        """Rows of denoiser calls that come before a new item with so many calls, or together with it."""
+        with self._changed:
+            return sum(min(item.calls_left, calls) * (1 + item.guided) for item in self._accepted)
 
     @contextmanager
     def place(self) -> Iterator[Place]:
@@ -141,61 +176,96 @@ class WorkQueue:
         with self._changed:
             if self._closed:
                 raise StoppedError
-            if self.waiting >= self._size:
+            if self._places >= self._size:
                 raise QueueFullError
-            self._reserved += 1
+            self._places += 1
+            self._submitting += 1
         place = Place(self)
         try:
             yield place
         finally:
             self._give_up(place)
 
-    def take(self, most: int, window_s: float) -> list[WorkItem]:
-        """Wait for requests and take up to `most`; an empty list once the queue is closed and empty.
+    def take_texts(self) -> list[WorkItem]:
+        """Wait for items with missing texts, and take some; an empty list once no more can come.
 
-        Args:
-            most: largest number of items.
-            window_s: longest wait for as many items as last time. A lone caller therefore never waits, and
-                many callers that ask again and again stay together.
+        Each of them has to come back through `put_ready`, or have its future resolved and be counted off there.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._closed)
-            expected = min(most, self._last_batch)
-            self._changed.wait_for(lambda: len(self._items) >= expected or self._closed, timeout=window_s)
-            batch = [self._items.popleft() for _ in range(min(most, len(self._items)))]
-            self._last_batch = len(batch)
-            return batch
+            self._changed.wait_for(lambda: self._without_texts or self._over())
+            items: list[WorkItem] = []
+            texts: set[str] = set()
+            while self._without_texts and len(texts) < _TEXTS_TOGETHER:
+                items.append(self._without_texts.popleft())
+                texts.update(items[-1].missing)
+            self._encoding += len(items)
+            return items
+
+    def put_ready(self, taken: int, items: Sequence[WorkItem]) -> None:
+        """Hand over the encoded ones among `taken` items, for the model to take."""
+        with self._changed:
+            self._encoding -= taken
+            self._ready.extend(item for item in items if not item.abandoned)
+            self._changed.notify_all()
+            stopped = self._stopped
+        if stopped:
+            self.fail_waiting()
+
+    def take_ready(self, wait_s: float) -> list[WorkItem]:
+        """Take all items that are ready, after waiting at most `wait_s` for one."""
+        with self._changed:
+            if wait_s > 0:
+                self._changed.wait_for(lambda: self._ready or self._over(), timeout=wait_s)
+            items = list(self._ready)
+            self._ready.clear()
+            return items
+
+    @property
+    def over(self) -> bool:
+        """Whether the queue is closed and nothing can come any more."""
+        with self._changed:
+            return self._over()
 
     def close(self) -> None:
-        """Admit nothing any more; what waits can still be taken."""
+        """Admit nothing any more; what was accepted can still be taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def fail_waiting(self) -> int:
         """Close, and resolve everything that waits with StoppedError; returns how many items that were."""
-        self.close()
         with self._changed:
-            left = list(self._items)
-            self._items.clear()
+            self._closed = self._stopped = True
+            left = [*self._without_texts, *self._ready]
+            self._without_texts.clear()
+            self._ready.clear()
+            self._changed.notify_all()
         started = [item for item in left if item.future.set_running_or_notify_cancel()]
         for item in started:
             item.future.set_exception(StoppedError())
         return len(started)
 
-    def _append(self, item: WorkItem) -> None:
+    def _over(self) -> bool:
+        return self._stopped or (self._closed and self.waiting == 0)
+
+    def _submit(self, item: WorkItem) -> None:
         with self._changed:
-            if self._closed:
+            if self._stopped:
                 raise StoppedError
-            self._reserved -= 1
-            self._items.append(item)
+            self._submitting -= 1
+            self._accepted.add(item)
+            (self._without_texts if item.missing else self._ready).append(item)
             self._changed.notify_all()
 
     def _give_up(self, place: Place) -> None:
         with self._changed:
+            self._places -= 1
             if place.item is None:
-                self._reserved -= 1
+                self._submitting -= 1
             else:
                 place.item.abandoned = True
-                if place.item in self._items:
-                    self._items.remove(place.item)
+                self._accepted.discard(place.item)
+                for line in (self._without_texts, self._ready):
+                    if place.item in line:
+                        line.remove(place.item)
+            self._changed.notify_all()

@@ -134,20 +134,6 @@ def test_no_request_changes_anothers_result(generator: Generator, mix: list[tupl
         assert together.metadata == alone.metadata
 
 
-def test_progress_is_reported_and_can_stop_the_work(generator: Generator) -> None:
-    calls: list[int] = []
-    requests = [request_for(generator, steps=steps, sampler="ddim") for steps in (2, 5)]
-    generator.generate_batch(requests, on_step=calls.append)
-    assert calls == [1, 2, 3, 4, 5]
-
-    def stop(call: int) -> None:
-        raise TimeoutError(f"after {call}")
-
-    with pytest.raises(TimeoutError, match="after 1"):
-        generator.generate_batch(requests, on_step=stop)
-    assert len(generator.generate_batch(requests)) == 2
-
-
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_a_watcher_sees_every_call_and_changes_nothing(generator: Generator, sampler: str) -> None:
     requests = [request_for(generator, seed=seed, steps=steps, sampler=sampler) for seed, steps in ((1, 2), (7, 4))]

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from text2weight.artifact import FORMAT, HeadArtifact
+from text2weight.condition import condition_on_classes, pad_embeddings
 from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
+from text2weight.enhancement import Start
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
 from text2weight.head import HeadSpec
-from text2weight.samplers import check_sampler
+from text2weight.samplers import check_sampler, make_plan
+from text2weight.sampling import Sample
 
 DIM = 8
 SPEC = HeadSpec(input_dim=4, hidden_dim=2, output_dim=DIM)
@@ -57,20 +60,24 @@ class FakeConfig:
     sampler: str = "mean"
     steps: int = 1
     logit_scale: float = 30.0
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "fake-backbone"})
     evaluation: dict[str, Any] = field(default_factory=dict)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
 
 
 class FakeModel:
     """Implements `text2weight_service.model.Model`.
 
     Attributes:
-        batches: the class tuples of every batch that was started, without warm-ups.
-        gate: generate_batch waits here; set by default. Clear it to keep the model busy.
-        entered: set as soon as a batch has started.
+        batches: the class tuples of every call that was made, without warm-ups.
+        rows: how many rows each of those calls had.
+        gate: advance waits here; set by default. Clear it to keep the model busy.
+        entered: set as soon as a call has started.
         lost: while true every call fails, as on a lost device.
+        wrong: while true numbers are others than before.
+        trouble: called with the samples and rows of every call before it moves anything; it may raise.
+        steps_made: calls that were made, without warm-ups.
     """
 
     checkpoint_hash = "c0ffee"
@@ -81,11 +88,14 @@ class FakeModel:
         self.anchor = torch.zeros(SPEC.num_parameters)
         self.text_encoder = FakeTextEncoder()
         self.batches: list[list[tuple[str, ...]]] = []
+        self.rows: list[int] = []
         self.threads: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.lost = False
+        self.wrong = False
+        self.trouble: Callable[[Sequence[Sample], int], None] | None = None
         self.steps_made = 0
 
     def prompts(self, classes: Sequence[str], template: str | None = None) -> list[str]:
@@ -97,27 +107,46 @@ class FakeModel:
     def check(self, request: GenerationRequest) -> None:
         check_sampler(request.sampler, request.steps, 1000)
 
-    def generate_batch(
-        self, requests: Sequence[GenerationRequest], *, on_step: Callable[[int], None] | None = None
-    ) -> list[HeadArtifact]:
+    def begin(self, request: GenerationRequest) -> Sample:
+        if "unbeginnable" in request.classes:
+            raise RuntimeError("secret internals")
+        padded, mask = pad_embeddings([request.embeddings], -(-len(request.classes) // 8) * 8)
+        source = torch.Generator().manual_seed(request.seed)
+        noisy = torch.randn(SPEC.num_parameters, generator=source)  # (P,)
+        plan = make_plan(request.sampler, request.steps, self.config.schedule)
+        condition = condition_on_classes(padded, mask)
+        return Sample(request, Start(1000), plan, source, condition, noisy, torch.zeros_like(noisy))
+
+    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
         self.threads.add(threading.current_thread().name)
         if self.lost:
             raise RuntimeError("device lost")
-        if [request.classes for request in requests] != [WARM_UP]:
-            self.batches.append([request.classes for request in requests])
+        asked = [sample.request.classes for sample in samples]
+        assert rows is not None
+        assert len(samples) <= rows
+        if asked != [WARM_UP]:
+            self.batches.append(asked)
+            self.rows.append(rows)
             self.entered.set()
         assert self.gate.wait(20)
-        for step in range(max(request.steps for request in requests)):
-            self.steps_made += 1
-            if on_step is not None:
-                on_step(step + 1)
-        if any("broken" in request.classes for request in requests):
+        if self.trouble is not None:
+            self.trouble(samples, rows)
+        if any("broken" in classes for classes in asked):
             raise RuntimeError("secret internals")
-        return [self._head(request) for request in requests]
+        for sample in samples:
+            sample.calls += 1
+        self.steps_made += asked != [WARM_UP]
 
-    def _head(self, request: GenerationRequest) -> HeadArtifact:
+    def finish(self, sample: Sample) -> HeadArtifact:
+        assert sample.done
+        return self._head(sample.request, 0.0)
+
+    def preview(self, sample: Sample) -> HeadArtifact:
+        return self._head(sample.request, float(len(sample.plan) - sample.calls))
+
+    def _head(self, request: GenerationRequest, offset: float) -> HeadArtifact:
         flat = torch.randn(SPEC.num_parameters, generator=torch.Generator().manual_seed(request.seed))
-        flat = flat + request.embeddings.sum()
+        flat = flat + request.embeddings.sum() + offset + (float("nan") if self.wrong else 0.0)
         metadata = {
             "format": FORMAT,
             "classes": json.dumps(request.classes, ensure_ascii=False),

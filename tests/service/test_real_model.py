@@ -21,8 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def real(checkpoint: Path) -> Iterator[Live]:
-    # The window makes concurrent requests meet in one batch, once the first batch had company.
-    with serve(load_model, checkpoint=str(checkpoint), batch_window_ms=50) as running:
+    with serve(load_model, checkpoint=str(checkpoint), head_cache_mb=0) as running:
         yield running
 
 

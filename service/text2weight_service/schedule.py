@@ -1,0 +1,65 @@
+"""Which samples make the next denoiser call.
+
+Fewest calls left first: a request with one call never waits for the many calls of another, and the mean waiting time
+is the least there is. Alone that would starve long requests while short ones keep coming, so every fourth call
+belongs to whoever has waited longest for one. With n samples running each makes a call at least every 4 n calls,
+whatever comes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from text2weight.sampling import Sample
+from text2weight_service.ladder import Ladder, Shape
+from text2weight_service.work_queue import WorkItem
+
+FAIR_TURN = 4
+
+
+@dataclass(eq=False)
+class Running:
+    """An item with its sample.
+
+    Attributes:
+        item: what is computed, and for whom.
+        sample: how far it is.
+        last_turn: number of the call that it last took part in, or before which it was admitted.
+        begun_at: `time.monotonic()` of its admission.
+    """
+
+    item: WorkItem
+    sample: Sample
+    last_turn: int
+    begun_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def shape(self) -> Shape:
+        """What others must have in common with it to share a call."""
+        return Shape(self.sample.condition.mask.shape[1], self.item.guided)
+
+
+def choose_call(
+    running: Sequence[Running], turn: int, ladder: Ladder, seconds: Callable[[Shape, int], float]
+) -> tuple[list[Running], int]:
+    """Choose the members of a denoiser call and its rows.
+
+    Args:
+        running: at least one.
+        turn: number of the call.
+        ladder: the sizes a call may have.
+        seconds: expected time of a call by shape and rows.
+
+    Returns:
+        members, all of one shape, and the rows, at least as many.
+    """
+    if turn % FAIR_TURN == 0:
+        order = sorted(running, key=lambda one: (one.last_turn, one.item.deadline))
+    else:
+        order = sorted(running, key=lambda one: (one.item.calls_left, one.item.deadline))
+    shape = order[0].shape
+    alike = [one for one in order if one.shape == shape]
+    rows = ladder.choose(len(alike), lambda rung: seconds(shape, rung))
+    return alike[:rows], rows

@@ -1,0 +1,91 @@
+"""The text encoder's thread: embeds what waiting items lack, so that running ones never wait for a text encoder.
+
+Letter: D embedding size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import structlog
+from torch import Tensor
+
+from text2weight.errors import InvalidInputError
+from text2weight.text_encoder import TextEncoder
+from text2weight_service.embedding_cache import MemoryCache
+from text2weight_service.metrics import Metrics
+from text2weight_service.work_queue import WorkItem, WorkQueue
+
+log = structlog.get_logger(__name__)
+
+
+class GenerationFailedError(Exception):
+    """The model failed on this request; the cause is in the log."""
+
+
+def fail_item(item: WorkItem, error: Exception) -> bool:
+    """Resolve a claimed item with its error; returns whether the model is to blame, and not the request's input."""
+    if isinstance(error, InvalidInputError):
+        item.future.set_exception(error)
+        return False
+    log.error("generation failed", request_id=item.work.job.request_id, exc_info=error)
+    item.future.set_exception(GenerationFailedError())
+    return True
+
+
+class TextStage:
+    """Takes items with missing texts from the queue and gives them back with embeddings."""
+
+    def __init__(self, encoder: TextEncoder, memory: MemoryCache, queue: WorkQueue, metrics: Metrics) -> None:
+        """Encode for a queue; `memory` keeps what was encoded."""
+        self.in_doubt = False  # set when the encoder failed on an item; who checks the model clears it
+        self._encoder = encoder
+        self._memory = memory
+        self._queue = queue
+        self._metrics = metrics
+
+    def run(self) -> None:
+        """Work until the queue is over."""
+        while taken := self._queue.take_texts():
+            self._queue.put_ready(len(taken), self._embed(taken))
+
+    def _embed(self, taken: Sequence[WorkItem]) -> list[WorkItem]:
+        """Embed all items together; where that fails, one by one, so that a broken one fails alone."""
+        items = [item for item in taken if not item.abandoned and time.monotonic() < item.deadline]
+        done = [item for item in taken if item not in items]  # the model's thread turns them down
+        try:
+            self._encode(items)
+            return [*done, *items]
+        except Exception as error:  # a text encoder may raise anything, and the thread must survive it
+            if len(items) > 1 and not isinstance(error, InvalidInputError):
+                self._metrics.batch_failures.inc()
+                log.warning("text encoder failed, retrying item by item", items=len(items), error=repr(error))
+        for item in items:
+            try:
+                self._encode([item])
+                done.append(item)
+            except Exception as error:
+                if item.future.set_running_or_notify_cancel():
+                    self.in_doubt |= fail_item(item, error)
+        return done
+
+    def _encode(self, items: Sequence[WorkItem]) -> None:
+        started_at = time.monotonic()
+        missing = list(dict.fromkeys(text for item in items for text in item.missing))
+        rows = self._memory.get(missing)  # an earlier round may have computed some since they were asked for
+        unknown = [text for text in missing if text not in rows]
+        encoded: dict[str, Tensor] = {}
+        if unknown:
+            computed = self._encoder.encode(unknown)  # (n, D)
+            # Copies, because a row of the result would keep the whole result alive in the cache.
+            encoded = {text: row.clone() for text, row in zip(unknown, computed, strict=True)}
+            self._memory.put(encoded)
+        spent = time.monotonic() - started_at
+        self._metrics.stage_seconds.labels("encode").observe(spent)
+        rows |= encoded
+        for item in items:
+            own = item.missing
+            item.encoded = {text: encoded[text] for text in own if text in encoded}
+            item.encode_s = spent
+            item.known = {**item.known, **{text: rows[text] for text in own}}
