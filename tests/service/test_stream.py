@@ -228,6 +228,12 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 def test_real_model_equals_generate(real: Live) -> None:
     body = {"classes": NAMES[:4], "seed": 9, "sampler": "ddpm", "steps": 5}
-    name, done = stream(real, **body)[-1]
+    *before, (name, done) = stream(real, **body, heads_every=1)
     assert name == "done"
+    steps = [data["step"] for name, data in before if name == "progress"]
+    assert steps  # a slow reader may miss some
+    assert steps == sorted(set(steps))
+    heads = [read_head(base64.b64decode(data["head"])) for name, data in before if name == "head"]
+    assert heads
+    assert all(head.classes == NAMES[:4] for head in heads)
     assert same_head(base64.b64decode(done["head"]), real.client.post("/generate", json=body).content)
