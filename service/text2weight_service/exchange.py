@@ -70,7 +70,8 @@ def body_docs(model: type[BaseModel] | None, parts: dict[str, Any] | None = None
     if model is not None:
         content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
     if parts is not None:
-        schema = {"type": "object", "properties": parts, "required": list(parts)}
+        required = ["request"] if model is not None else list(parts)
+        schema = {"type": "object", "properties": parts, "required": required}
         encoding = {"request": {"contentType": "application/json"}}
         content["multipart/form-data"] = {"schema": schema, "encoding": encoding}
     return {"requestBody": {"required": True, "content": content}}
