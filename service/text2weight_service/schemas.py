@@ -17,11 +17,9 @@ MIN_TASKS = 2
 MAX_TASKS = 16
 
 FuseMethod = Literal["text", "average", "git-rebasin", "task-arithmetic", "ties"]
-# The first name that is not a string is enough to know: ten thousand of them need no list of errors.
-Names = Annotated[list[str], FailFast()]
-# `Names | None` would have to hash FailFast, which cannot be.
-_SomeNames = TypeAliasType("_SomeNames", Names)
-
+# The first name that is not a string is enough to know: ten thousand of them need no list of errors. A named type,
+# because `Annotated[...] | None` would have to hash FailFast, which cannot be.
+Names = TypeAliasType("Names", Annotated[list[str], FailFast()])
 _TEXT = {"type": "string", "minLength": 1}
 _DESCRIPTIONS_SCHEMA = {
     "type": "object",
@@ -133,7 +131,7 @@ class EnhanceRequest(SamplingFields):
     strength: float = Field(
         ge=0, le=1, description="0 returns the head's weights, 1 forgets them and equals /generate", examples=[0.4]
     )
-    classes: _SomeNames | None = Field(default=None, description="class names; those of the head if absent")
+    classes: Names | None = Field(default=None, description="class names; those of the head if absent")
 
 
 class Health(BaseModel):
