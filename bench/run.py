@@ -15,7 +15,14 @@ import time
 from pathlib import Path
 
 # Name of each benchmark's file, and whether it needs a checkpoint.
-BENCHMARKS = {"latency": True, "throughput": True, "sampler_cost": True, "zoo_rate": False}
+BENCHMARKS = {
+    "latency": True,
+    "throughput": True,
+    "mixed_load": True,
+    "http_overhead": True,
+    "sampler_cost": True,
+    "zoo_rate": False,
+}
 EXIT_FAILED = 1
 
 

@@ -33,11 +33,12 @@ from text2weight.condition import (
     pad_embeddings,
     union_of_tasks,
 )
+from text2weight.cuda_graphs import GraphedDenoiser
 from text2weight.descriptions import ConditionText, Descriptions, describe_classes
 from text2weight.enhancement import check_fits, check_given, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.samplers import check_sampler, make_plan
-from text2weight.sampling import Sample, advance
+from text2weight.sampling import Denoiser, Sample, advance
 from text2weight.text_encoder import TEMPLATE_PATTERN, TextEncoder, load_text_encoder
 
 MAX_SEED = 2**63 - 1
@@ -138,6 +139,8 @@ class Generator:
         described = checkpoint.config.condition_text
         self._condition_encoder = load_text_encoder(_inside(self.path, described.source)) if described else None
         self._denoiser = checkpoint.denoiser.to(device).requires_grad_(False)
+        on_cuda = torch.device(device).type == "cuda"
+        self._call: Denoiser = GraphedDenoiser(self._denoiser) if on_cuda else self._denoiser
         self._space = checkpoint.space.to(device)
         self._space_on_cpu = checkpoint.space.to("cpu")
         self._lock = threading.Lock()
@@ -388,7 +391,7 @@ class Generator:
             Whatever the device raises; then no sample has moved, and the call may be made again.
         """
         with self._lock, torch.inference_mode():
-            advance(samples, self._denoiser, self.config.schedule, self.config.prediction, rows or len(samples))
+            advance(samples, self._call, self.config.schedule, self.config.prediction, rows or len(samples))
 
     def finish(self, sample: Sample) -> HeadArtifact:
         """The head of a sample that is done."""

@@ -98,6 +98,9 @@ def advance(
     previous = torch.stack([sample.estimate for sample in samples])  # (B, P)
     draws = torch.stack([sample.draw() for sample in samples]).to(device)  # (B, P)
     moved = take_steps([sample.step for sample in samples], noisy[:count], clean[:count], previous, draws)  # (B, P)
+    if device.type == "cuda":
+        # A device reports its failures late: no sample may move before its call is known to be good.
+        torch.cuda.current_stream(device).synchronize()
     for sample, row, estimate in zip(samples, moved, clean, strict=False):  # clean's padding is left over
         # Rows of their own: a view would keep the whole batch alive.
         sample.noisy, sample.estimate = row.clone(), estimate.clone()

@@ -19,6 +19,8 @@ from text2weight_service.work_queue import WorkItem, WorkQueue
 
 log = structlog.get_logger(__name__)
 
+TEXTS_PER_CALL = 8
+
 
 class GenerationFailedError(Exception):
     """The model failed on this request; the cause is in the log."""
@@ -32,6 +34,21 @@ def fail_item(item: WorkItem, error: Exception) -> bool:
     log.error("generation failed", request_id=item.work.job.request_id, exc_info=error)
     item.future.set_exception(GenerationFailedError())
     return True
+
+
+def encode_texts(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Embeddings (D,) by text, from calls of one size: no bit of one depends on what is encoded with it.
+
+    Raises:
+        Whatever the encoder raises.
+    """
+    rows = {}
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        part = list(texts[start : start + TEXTS_PER_CALL])
+        padded = part + part[:1] * (TEXTS_PER_CALL - len(part))
+        # Copies, because a row of the result would keep the whole result alive in the cache.
+        rows.update({text: row.clone() for text, row in zip(part, encoder.encode(padded), strict=False)})
+    return rows
 
 
 class TextStage:
@@ -68,6 +85,8 @@ class TextStage:
             except Exception as error:
                 if item.future.set_running_or_notify_cancel():
                     self.in_doubt |= fail_item(item, error)
+        if self.in_doubt:
+            self._queue.wake()
         return done
 
     def _encode(self, items: Sequence[WorkItem]) -> None:
@@ -77,9 +96,7 @@ class TextStage:
         unknown = [text for text in missing if text not in rows]
         encoded: dict[str, Tensor] = {}
         if unknown:
-            computed = self._encoder.encode(unknown)  # (n, D)
-            # Copies, because a row of the result would keep the whole result alive in the cache.
-            encoded = {text: row.clone() for text, row in zip(unknown, computed, strict=True)}
+            encoded = encode_texts(self._encoder, unknown)
             self._memory.put(encoded)
         spent = time.monotonic() - started_at
         self._metrics.stage_seconds.labels("encode").observe(spent)

@@ -153,6 +153,7 @@ class WorkQueue:
         self._accepted: set[WorkItem] = set()
         self._closed = False
         self._stopped = False
+        self._woken = False
         self._changed = threading.Condition()
 
     @property
@@ -215,10 +216,17 @@ class WorkQueue:
         """Take all items that are ready, after waiting at most `wait_s` for one."""
         with self._changed:
             if wait_s > 0:
-                self._changed.wait_for(lambda: self._ready or self._over(), timeout=wait_s)
+                self._changed.wait_for(lambda: self._ready or self._woken or self._over(), timeout=wait_s)
+            self._woken = False
             items = list(self._ready)
             self._ready.clear()
             return items
+
+    def wake(self) -> None:
+        """End the wait of who takes ready items, though there may be none."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
 
     @property
     def over(self) -> bool:

@@ -1,11 +1,10 @@
-"""Admission, batching, deadlines, isolation of failures, and draining."""
+"""Admission, shared calls, deadlines, isolation of failures, and draining, over HTTP."""
 
 import asyncio
 import contextlib
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -49,7 +48,8 @@ def test_requests_that_wait_are_computed_together(live: Live, model: FakeModel, 
         posted = [post(f"class {i}", "bus", seed=i) for i in range(10)]
         waiting(live, 10)
     responses = [future.result() for future in posted]
-    assert [len(batch) for batch in model.batches] == [1, 10]
+    assert len(model.batches) < 6, "ten requests hardly ever shared a call"
+    assert sum(len(batch) for batch in model.batches) == 11
     for i, response in enumerate(responses):
         head = read_head(response.content)
         assert head.classes == (f"class {i}", "bus")
@@ -62,10 +62,11 @@ def test_batches_have_a_largest_size(model: FakeModel, pool: ThreadPoolExecutor)
             posted = [post(f"class {i}", "bus") for i in range(10)]
             waiting(live, 10)
         assert all(future.result().status_code == 200 for future in posted)
-    assert [len(batch) for batch in model.batches] == [1, 4, 4, 2]
+    assert max(len(batch) for batch in model.batches) == max(model.rows) == 4
+    assert sum(len(batch) for batch in model.batches) == 11
 
 
-def test_a_prompt_is_encoded_once_per_batch(live: Live, model: FakeModel, pool: ThreadPoolExecutor) -> None:
+def test_a_prompt_is_encoded_once(live: Live, model: FakeModel, pool: ThreadPoolExecutor) -> None:
     with busy(live, model, pool) as post:
         posted = [post("apple", "bus", seed=i) for i in range(5)]
         waiting(live, 5)
@@ -73,18 +74,19 @@ def test_a_prompt_is_encoded_once_per_batch(live: Live, model: FakeModel, pool: 
     assert model.text_encoder.encoded.count("a apple") == 1
 
 
-def test_result_does_not_depend_on_neighbours(live: Live, model: FakeModel, pool: ThreadPoolExecutor) -> None:
-    alone = live.generate("apple", "bus", seed=5).content
-    with busy(live, model, pool) as post:
-        posted = [post(f"class {i}", "bus", "extra", seed=i) for i in range(6)]
-        among = post("apple", "bus", seed=5)
-        waiting(live, 7)
-    assert all(future.result().status_code == 200 for future in posted)
-    assert same_head(among.result().content, alone)
+def test_result_does_not_depend_on_neighbours(model: FakeModel, pool: ThreadPoolExecutor) -> None:
+    with serve(lambda _: model, head_cache_mb=0) as live:
+        alone = live.generate("apple", "bus", seed=5).content
+        with busy(live, model, pool) as post:
+            posted = [post(f"class {i}", "bus", "extra", seed=i) for i in range(6)]
+            among = post("apple", "bus", seed=5)
+            waiting(live, 7)
+        assert all(future.result().status_code == 200 for future in posted)
+        assert same_head(among.result().content, alone)
 
 
 def test_full_queue_is_refused_at_once(model: FakeModel, pool: ThreadPoolExecutor) -> None:
-    with serve(lambda _: model, queue_size=3) as live:
+    with serve(lambda _: model, queue_size=4) as live:  # the one that keeps the model busy has a place, too
         with busy(live, model, pool) as post:
             posted = [post("apple", "bus", seed=i) for i in range(3)]
             waiting(live, 3)
@@ -92,6 +94,7 @@ def test_full_queue_is_refused_at_once(model: FakeModel, pool: ThreadPoolExecuto
         assert refused.status_code == 429
         assert refused.json()["type"] == "urn:text2weight:problem:queue-full"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert live.metric("t2w_refused_total", reason="full") == 1
         assert all(future.result().status_code == 200 for future in posted)
         assert live.generate("one", "too many").status_code == 200
 
@@ -129,11 +132,11 @@ def test_slow_body_is_refused(model: FakeModel) -> None:
         assert live.generate("apple", "bus").status_code == 200
 
 
-@pytest.mark.parametrize("culprit", ["broken", "unencodable"])
+@pytest.mark.parametrize("culprit", ["broken", "unencodable", "unbeginnable"])
 def test_a_broken_request_fails_alone(live: Live, model: FakeModel, pool: ThreadPoolExecutor, culprit: str) -> None:
     with busy(live, model, pool) as post:
         posted = [post(culprit if i == 2 else f"class {i}", "bus", seed=i) for i in range(5)]
-        waiting(live, 5)
+        waiting(live, 4 if culprit == "unencodable" else 5)
     responses = [future.result() for future in posted]
     assert [response.status_code for response in responses] == [200, 200, 500, 200, 200]
     problem = responses[2].json()
@@ -141,7 +144,7 @@ def test_a_broken_request_fails_alone(live: Live, model: FakeModel, pool: Thread
     assert problem["request_id"] == responses[2].headers["x-request-id"]
     assert "secret" not in responses[2].text
     assert "exploded" not in responses[2].text
-    assert live.metric("t2w_batch_failures_total") == 1
+    assert (live.metric("t2w_batch_failures_total") > 0) == (culprit == "broken")
     assert live.client.get("/health/live").status_code == 200
     assert live.generate("apple", "bus").status_code == 200
 
@@ -149,7 +152,8 @@ def test_a_broken_request_fails_alone(live: Live, model: FakeModel, pool: Thread
 def test_refused_input_of_one_request_spares_the_others(live: Live, model: FakeModel, pool: ThreadPoolExecutor) -> None:
     with busy(live, model, pool) as post:
         posted = [post("unknown" if i == 1 else f"class {i}", "bus") for i in range(3)]
-        waiting(live, 3)
+        waiting(live, 2)
+        assert posted[1].result().status_code == 422
     assert [future.result().status_code for future in posted] == [200, 422, 200]
 
 
@@ -179,27 +183,6 @@ def test_client_that_leaves_gives_its_place_up(live: Live, model: FakeModel, poo
     assert live.generate("apple", "bus").status_code == 200
     assert not any(("left", "bus") in batch for batch in model.batches)
     assert live.metric("t2w_http_requests_total", method="POST", route="/generate", status="499") == 1
-
-
-def test_a_lone_caller_does_not_wait_for_a_batch(model: FakeModel) -> None:
-    with serve(lambda _: model, batch_window_ms=900) as live:
-        started_at = time.monotonic()
-        for _ in range(3):
-            assert live.generate("apple", "bus").status_code == 200
-        assert time.monotonic() - started_at < 0.9
-
-
-def test_callers_that_come_together_are_waited_for(model: FakeModel, pool: ThreadPoolExecutor) -> None:
-    with serve(lambda _: model, batch_window_ms=1000) as live:
-        with busy(live, model, pool) as post:
-            posted = [post("apple", "bus") for _ in range(2)]
-            waiting(live, 2)
-        assert all(future.result().status_code == 200 for future in posted)
-        first = pool.submit(live.generate, "one", "bus")
-        waiting(live, 1)
-        second = pool.submit(live.generate, "two", "bus")
-        assert first.result().status_code == second.result().status_code == 200
-    assert [len(batch) for batch in model.batches] == [1, 2, 2]
 
 
 def test_event_loop_stays_free_while_the_model_works(live: Live, model: FakeModel, pool: ThreadPoolExecutor) -> None:
@@ -236,7 +219,7 @@ def test_drain_has_an_end(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         stopping.join(10)
         model.gate.set()
         assert running.result().status_code == 503
-    assert model.steps_made == 2, "one of the warm-up, one until the stop was seen"
+    assert model.steps_made == 1, "the one that was under way when the stop came"
 
 
 def test_storm(model: FakeModel, pool: ThreadPoolExecutor) -> None:

@@ -1,0 +1,189 @@
+"""Requests join and leave between denoiser calls; what nobody waits for is dropped there; progress is reported."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from tests.service.engines import job, metric, running, until
+from tests.service.fakes import FakeModel
+from text2weight.artifact import read_head
+from text2weight.sampling import Sample
+from text2weight_service.engine import BusyError, Engine
+from text2weight_service.work_queue import DeadlineError, Generated, Progress
+
+
+def slow(model: FakeModel, call_s: float = 0.002) -> None:
+    """Make each call of a model take its time."""
+
+    def pause(samples: Sequence[Sample], rows: int) -> None:
+        time.sleep(call_s)
+
+    model.trouble = pause
+
+
+def under_way(engine: Engine) -> float:
+    return metric(engine, "t2w_running")
+
+
+async def test_short_requests_never_wait_for_long_ones(model: FakeModel) -> None:
+    async with running(model) as engine:
+        slow(model)
+        longs = [asyncio.create_task(engine.generate(job("long", "bus", seed=i, steps=400))) for i in range(40)]
+        await until(lambda: under_way(engine) == 40, "forty long requests")
+        for i in range(10):
+            made = model.steps_made
+            await engine.generate(job("short", "bus", seed=i))
+            # The one under way, one for those that waited longest, and its own; and some while this task slept.
+            assert model.steps_made - made < 20
+        assert not any(task.done() for task in longs)
+        for task in longs:
+            task.cancel()
+        await asyncio.wait(longs)
+
+
+async def test_long_requests_are_finished_while_short_ones_keep_coming(model: FakeModel) -> None:
+    async with running(model, max_batch_size=2, head_cache_mb=0) as engine:
+        slow(model, 0.0005)
+        long = asyncio.create_task(engine.generate(job("long", "bus", steps=20)))
+        seeds = iter(range(100_000))
+
+        async def keep_asking() -> None:
+            while not long.done():
+                await engine.generate(job("short", "bus", seed=next(seeds)))
+
+        await asyncio.wait_for(asyncio.gather(*(keep_asking() for _ in range(6))), 20)
+        assert read_head((await long).data).classes == ("long", "bus")
+
+
+@pytest.mark.parametrize("how", ["leaves", "deadline"])
+async def test_a_request_that_nobody_waits_for_is_dropped_between_steps(model: FakeModel, how: str) -> None:
+    async with running(model) as engine:
+        slow(model)
+        within_s = 0.2 if how == "deadline" else 20.0
+        # As if calls took no time, so that the short deadline is not refused at once.
+        engine._loaded.runner.times.seconds = lambda shape, rows: 0.0  # type: ignore[union-attr, method-assign]
+        task = asyncio.create_task(engine.generate(job("gone", "bus", steps=1000, within_s=within_s)))
+        await until(lambda: model.steps_made > 3, "some steps")
+        if how == "leaves":
+            task.cancel()
+            await asyncio.wait((task,))
+        else:
+            with pytest.raises(DeadlineError):
+                await task
+        await until(lambda: under_way(engine) == 0, "dropping")
+        made = model.steps_made
+        await engine.generate(job("next", "bus"))
+        assert model.steps_made == made + 1 < 900
+        reasons = {reason: metric(engine, "t2w_dropped_total", reason=reason) for reason in ("left", "deadline")}
+        # A deadline ends the wait of the caller, too: which of the two the model's thread sees first is open.
+        assert sum(reasons.values()) == 1
+        assert how == "deadline" or reasons["left"] == 1
+
+
+async def test_a_request_that_cannot_be_finished_in_time_is_refused_at_once(model: FakeModel) -> None:
+    async with running(model) as engine:
+        slow(model, 0.01)
+        for i in range(60):
+            await engine.generate(job("learn", "bus", seed=i))
+        made = model.steps_made
+        with pytest.raises(DeadlineError, match=r"1000 steps take about \d+\.\d s"):
+            await engine.generate(job("too", "long", steps=1000, within_s=1.0))
+        assert metric(engine, "t2w_refused_total", reason="deadline") == 1
+        assert model.steps_made == made
+        await engine.generate(job("short", "enough", steps=3, within_s=1.0))
+
+
+async def test_a_request_that_the_others_leave_no_time_for_is_refused_at_once(model: FakeModel) -> None:
+    async with running(model, max_batch_size=1) as engine:
+        slow(model, 0.01)
+        for i in range(60):
+            await engine.generate(job("learn", "bus", seed=i))
+        others = [asyncio.create_task(engine.generate(job("long", "bus", seed=i, steps=300))) for i in range(5)]
+        await until(lambda: under_way(engine) == 5, "five long requests")
+        with pytest.raises(BusyError) as refused:
+            await engine.generate(job("long", "too", steps=300, within_s=6.0))
+        assert refused.value.retry_after_s > 1
+        assert metric(engine, "t2w_refused_total", reason="load") == 1
+        # One that goes first all the same is taken.
+        await engine.generate(job("short", "enough", steps=2, within_s=6.0))
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others)
+
+
+async def test_texts_are_encoded_while_others_run(model: FakeModel) -> None:
+    encode = model.text_encoder.encode
+    async with running(model) as engine:
+        await engine.generate(job("known", "bus"))
+        slow(model)
+        long = asyncio.create_task(engine.generate(job("known", "bus", steps=1000, seed=1)))
+        await until(lambda: model.steps_made > 3, "some steps")
+        during: list[int] = []
+
+        def slowly(texts: Sequence[str]) -> object:
+            during.append(model.steps_made)
+            time.sleep(0.2)
+            during.append(model.steps_made)
+            return encode(texts)
+
+        model.text_encoder.encode = slowly  # type: ignore[method-assign, assignment]
+        new = asyncio.create_task(engine.generate(job("new", "bus")))
+        await until(lambda: during, "encoding")
+        # Requests whose texts are known overtake it.
+        await engine.generate(job("known", "bus", seed=2))
+        assert not new.done()
+        assert (await new).encode_s > 0.1
+        assert during[1] - during[0] > 5
+        long.cancel()
+        await asyncio.wait((long,))
+
+
+async def test_a_stream_reports_each_call_and_ends_with_the_head(model: FakeModel) -> None:
+    async with running(model) as engine:
+        events = [event async for event in engine.stream(job("apple", "bus", steps=6, seed=3), heads_every=2)]
+        *progress, last = events
+        assert isinstance(last, Generated)
+        assert last.data == (await engine.generate(job("apple", "bus", steps=6, seed=3))).data
+    seen = [event for event in progress if isinstance(event, Progress)]
+    assert [event.step for event in seen] == [1, 2, 3, 4, 5, 6]
+    assert {event.steps for event in seen} == {6}
+    assert [event.timestep for event in seen] == [1000, 833, 667, 500, 333, 167]
+    assert [event.head is not None for event in seen] == [False, True] * 3
+    heads = [read_head(event.head) for event in seen if event.head is not None]
+    assert all(head.classes == ("apple", "bus") for head in heads)
+    assert not heads[0].tensors["linear1.bias"].equal(heads[1].tensors["linear1.bias"])
+
+
+async def test_a_slow_reader_misses_progress_and_holds_nobody_up(model: FakeModel) -> None:
+    async with running(model) as engine:
+        events = engine.stream(job("slow", "reader", steps=900), heads_every=0)
+        first = await anext(events)
+        await engine.generate(job("other", "bus"))
+        await until(lambda: under_way(engine) == 0, "the end of the computation")
+        rest = [event async for event in events]
+    assert isinstance(first, Progress)
+    assert len(rest) < 200, "all progress was kept for the reader"
+    assert isinstance(rest[-2], Progress)
+    assert rest[-2].step == 900, "the newest progress is kept"
+    assert isinstance(rest[-1], Generated)
+
+
+async def test_a_reader_that_leaves_ends_the_computation(model: FakeModel) -> None:
+    async with running(model) as engine:
+        slow(model)
+        events = engine.stream(job("left", "alone", steps=1000), heads_every=1)
+        assert isinstance(await anext(events), Progress)
+        await events.aclose()
+        await until(lambda: under_way(engine) == 0, "dropping")
+    assert model.steps_made < 500
+
+
+async def test_a_stream_has_a_deadline(model: FakeModel) -> None:
+    async with running(model) as engine:
+        model.gate.clear()
+        with pytest.raises(DeadlineError):
+            async for _ in engine.stream(job("too", "late", within_s=0.1), heads_every=0):
+                pass
+        model.gate.set()

@@ -1,0 +1,174 @@
+"""Calls that fail: whom that may hurt, memory that runs out, devices that are lost, hang or compute nonsense."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+import pytest
+import structlog
+import torch
+
+from tests.service.engines import job, metric, running, until
+from tests.service.fakes import FakeModel
+from text2weight.artifact import read_head
+from text2weight.sampling import Sample
+from text2weight_service import engine as engine_module
+from text2weight_service.batch_runner import BatchRunner, SelfCheckError
+from text2weight_service.engine import Engine, NotReadyError, Phase
+from text2weight_service.ladder import CALLS_TO_RECOVER
+from text2weight_service.metrics import Metrics
+from text2weight_service.text_stage import GenerationFailedError
+from text2weight_service.work_queue import Generated
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    """Tracebacks are not rendered: that takes seconds."""
+    with structlog.testing.capture_logs():
+        yield
+
+
+async def together(engine: Engine, model: FakeModel, count: int, **special: int) -> list[Generated | BaseException]:
+    """Results of requests that are ready at the same time; `special` puts a class name at a position."""
+    names = {position: name for name, position in special.items()}
+    model.gate.clear()
+    model.entered.clear()
+    first = asyncio.create_task(engine.generate(job("first", "bus", seed=10_000 + model.steps_made)))
+    await until(model.entered.is_set, "a call")
+    tasks = [
+        asyncio.create_task(engine.generate(job(names.get(i, f"class {i}"), "bus", seed=i, steps=4)))
+        for i in range(count)
+    ]
+    await until(lambda: metric(engine, "t2w_queue_waiting") == count, "waiting")
+    model.gate.set()
+    await first
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_only_the_broken_fail_and_the_others_lose_no_step(model: FakeModel) -> None:
+    def trouble(samples: Sequence[Sample], rows: int) -> None:
+        if any(sample.request.classes[0] == "weak" and sample.calls == 2 for sample in samples):
+            raise RuntimeError("illegal instruction")
+
+    model.trouble = trouble
+    async with running(model) as engine:
+        results = await together(engine, model, 9, weak=4)
+        assert [isinstance(result, GenerationFailedError) for result in results] == [i == 4 for i in range(9)]
+        assert metric(engine, "t2w_batch_failures_total") > 0
+        assert engine.alive
+    for i, result in enumerate(results):
+        if i != 4:
+            assert isinstance(result, Generated)
+            assert read_head(result.data).metadata["seed"] == str(i)
+    for i in range(9):
+        made = sum((f"class {i}", "bus") in batch for batch in model.batches)
+        assert i == 4 or 4 <= made <= 4 + 5, "a call that failed was made again, and no other"
+
+
+async def test_a_call_that_fails_once_hurts_nobody(model: FakeModel) -> None:
+    failures = iter([RuntimeError("hiccup")])
+
+    def trouble(samples: Sequence[Sample], rows: int) -> None:
+        if len(samples) > 1 and (error := next(failures, None)) is not None:
+            raise error
+
+    model.trouble = trouble
+    async with running(model) as engine:
+        results = await together(engine, model, 8)
+        assert all(isinstance(result, Generated) for result in results)
+        assert metric(engine, "t2w_batch_failures_total") == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+async def test_out_of_memory_makes_calls_smaller_for_a_while(model: FakeModel, error: Exception) -> None:
+    short_of_memory = True
+
+    def trouble(samples: Sequence[Sample], rows: int) -> None:
+        if short_of_memory and rows > 2:
+            raise error
+
+    async with running(model, max_batch_size=8) as engine:
+        model.trouble = trouble
+        # Large calls pay on this device.
+        engine._loaded.runner.times.seconds = lambda shape, rows: 0.001  # type: ignore[union-attr, method-assign]
+        results = await together(engine, model, 8)
+        assert all(isinstance(result, Generated) for result in results), results
+        assert metric(engine, "t2w_largest_call_rows") == 2
+        short_of_memory = False
+        for i in range(2 * CALLS_TO_RECOVER):
+            await engine.generate(job("later", "bus", seed=i))
+        assert metric(engine, "t2w_largest_call_rows") == 8
+        assert engine.alive
+
+
+async def test_a_request_too_large_for_the_memory_fails_alone(model: FakeModel) -> None:
+    def trouble(samples: Sequence[Sample], rows: int) -> None:
+        if any(sample.request.classes[0] == "huge" for sample in samples):
+            raise MemoryError
+
+    model.trouble = trouble
+    async with running(model) as engine:
+        results = await together(engine, model, 4, huge=1)
+        assert [isinstance(result, GenerationFailedError) for result in results] == [False, True, False, False]
+        assert engine.alive
+
+
+async def test_a_device_lost_between_steps_fails_what_runs_and_waits(model: FakeModel) -> None:
+    async with running(model) as engine:
+        model.gate.clear()
+        tasks = [asyncio.create_task(engine.generate(job("apple", "bus", seed=i, steps=9))) for i in range(3)]
+        await until(model.entered.is_set, "a call")
+        await until(lambda: metric(engine, "t2w_queue_waiting") + metric(engine, "t2w_running") == 3, "all")
+        model.lost = True
+        model.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, GenerationFailedError | NotReadyError) for result in results)
+        await until(lambda: not engine.alive, "noticing")
+        assert engine.phase is Phase.FAILED
+        with pytest.raises(NotReadyError):
+            await engine.generate(job("apple", "bus"))
+
+
+@pytest.mark.parametrize("how", ["lost", "wrong"])
+async def test_an_idle_device_is_checked(model: FakeModel, how: str) -> None:
+    async with running(model, self_check_s=0.05) as engine:
+        await asyncio.sleep(0.2)
+        assert engine.alive
+        setattr(model, how, True)
+        await until(lambda: not engine.alive, "noticing")
+        if how == "wrong":
+            assert isinstance(engine.failure, SelfCheckError)
+
+
+async def test_a_text_encoder_that_is_lost_is_noticed(model: FakeModel) -> None:
+    async with running(model) as engine:
+
+        def fail(texts: Sequence[str]) -> torch.Tensor:
+            raise RuntimeError("device lost")
+
+        model.text_encoder.encode = fail  # type: ignore[method-assign]
+        with pytest.raises(GenerationFailedError):
+            await engine.generate(job("new", "names"))
+        await until(lambda: not engine.alive, "noticing")
+
+
+async def test_a_call_that_hangs_flips_liveness(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "LONGEST_CALL_S", 0.1)
+    async with running(model) as engine:
+        model.gate.clear()
+        task = asyncio.create_task(engine.generate(job("apple", "bus")))
+        await until(model.entered.is_set, "a call")
+        assert engine.alive
+        await until(lambda: not engine.alive, "noticing")
+        model.gate.set()
+        await task
+        assert engine.alive
+
+
+def test_the_self_check_knows_its_head_again(model: FakeModel) -> None:
+    runner = BatchRunner(model, Metrics(), 4)
+    runner.warm_up()
+    runner.check()
+    model.wrong = True
+    with pytest.raises(SelfCheckError):
+        runner.check()
+    assert runner.times.seconds is not None

@@ -1,0 +1,132 @@
+"""A result never depends on its neighbours: the engine around real networks."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.service.engines import job, running
+from text2weight import GenerationRequest, Generator
+from text2weight.artifact import HeadArtifact, read_head
+from text2weight.checkpoint import bundled_checkpoint, read_config
+from text2weight_service.engine import Engine
+from text2weight_service.job import Job
+from text2weight_service.text_stage import encode_texts
+
+NAMES = ("apple", "bus", "lizard", "rocket", "maple tree", "clock", "coffee cup", "bear", "sea", "cat, house cat")
+ROWS = 4
+ONE_SIZE, ANY_SIZE = [ROWS], [1, 2, ROWS]
+WORK = [("mean", 1), ("ddim", 2), ("ddpm", 3), ("dpmpp_2m", 4), ("ddim", 7)]
+
+ASKED = st.tuples(
+    st.integers(0, 5),  # denoiser calls of the others before it comes, roughly
+    st.sampled_from(WORK),
+    st.integers(0, 2**63 - 1),
+    st.lists(st.sampled_from(NAMES), min_size=2, max_size=10, unique=True),
+)
+Asked = tuple[int, tuple[str, int], int, list[str]]
+
+
+@contextmanager
+def engine_around(generator: Generator) -> Iterator[tuple[asyncio.Runner, Engine]]:
+    """An engine that many examples ask, and the event loop it belongs to."""
+    with asyncio.Runner() as runner:
+        context = running(lambda _: generator, max_batch_size=ROWS, head_cache_mb=0)
+        engine = runner.run(context.__aenter__())
+        yield runner, engine
+        runner.run(context.__aexit__(None, None, None))
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_checkpoint: Path) -> Generator:
+    return Generator.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def served(generator: Generator) -> Iterator[tuple[asyncio.Runner, Engine]]:
+    with engine_around(generator) as served:
+        yield served
+
+
+def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
+    """The head without any engine, in calls of a fixed size."""
+    embeddings = encode_texts(generator.text_encoder, generator.prompts(asked.classes))
+    sampler, steps = generator.resolve_sampling(asked.sampler, asked.steps)
+    request = GenerationRequest(asked.classes, torch.stack(list(embeddings.values())), asked.seed, steps, sampler)
+    sample = generator.begin(request)
+    while not sample.done:
+        generator.advance([sample], rows)
+    return generator.finish(sample)
+
+
+def ask_all(served: tuple[asyncio.Runner, Engine], jobs: list[tuple[int, Job]], rungs: list[int]) -> list[bytes]:
+    """Heads of jobs that come to an engine at different times, from calls of the given sizes."""
+    runner, engine = served
+    assert engine._loaded is not None
+    engine._loaded.runner.ladder.rungs = rungs
+
+    async def ask(after: int, asked: Job) -> bytes:
+        await asyncio.sleep(0.001 * after)
+        return (await engine.generate(asked)).data
+
+    async def gather() -> list[bytes]:
+        return await asyncio.gather(*(ask(after, asked) for after, asked in jobs))
+
+    return runner.run(gather())
+
+
+def jobs_of(asked: list[Asked]) -> list[tuple[int, Job]]:
+    return [
+        (after, job(*classes, seed=seed, steps=steps, sampler=sampler))
+        for after, (sampler, steps), seed, classes in asked
+    ]
+
+
+def assert_close(one: HeadArtifact, other: HeadArtifact, **tolerance: float) -> None:
+    assert one.metadata == other.metadata
+    assert one.class_embeddings.equal(other.class_embeddings)
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(tensor, other.tensors[name], **tolerance)
+
+
+@settings(max_examples=8)
+@given(asked=st.lists(ASKED, min_size=1, max_size=9))
+def test_in_calls_of_one_size_no_bit_depends_on_the_neighbours(
+    generator: Generator, served: tuple[asyncio.Runner, Engine], asked: list[Asked]
+) -> None:
+    jobs = jobs_of(asked)
+    for (_, one), head in zip(jobs, ask_all(served, jobs, ONE_SIZE), strict=True):
+        assert head == alone(generator, one, ROWS).to_bytes()
+
+
+@settings(max_examples=8)
+@given(asked=st.lists(ASKED, min_size=1, max_size=9))
+def test_in_calls_of_any_size_only_the_last_bits_do(
+    generator: Generator, served: tuple[asyncio.Runner, Engine], asked: list[Asked]
+) -> None:
+    jobs = jobs_of(asked)
+    for (_, one), head in zip(jobs, ask_all(served, jobs, ANY_SIZE), strict=True):
+        assert_close(read_head(head), alone(generator, one, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_bundled_model_keeps_to_it() -> None:
+    generator = Generator.load(bundled_checkpoint())
+    names = read_config(bundled_checkpoint()).classes
+    source = random.Random(0)
+    asked = [
+        (i % 3, source.choice([("mean", 1), ("ddim", 2), ("dpmpp_2m", 3)]), i, source.sample(names, 2 + 5 * i))
+        for i in range(4)
+    ]
+    jobs = jobs_of(asked)
+    with engine_around(generator) as served:
+        for (_, one), head in zip(jobs, ask_all(served, jobs, ONE_SIZE), strict=True):
+            assert head == alone(generator, one, ROWS).to_bytes()
+        for (_, one), head in zip(jobs, ask_all(served, jobs, ANY_SIZE), strict=True):
+            # Heads differ from one another by about 0.01: this is a ten-thousandth of that.
+            assert_close(read_head(head), alone(generator, one, 1), atol=1e-6, rtol=0)
