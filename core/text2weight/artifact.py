@@ -1,26 +1,30 @@
 """Head artifacts: a generated head as safetensors bytes, and strict reading of such bytes.
 
-Letters: K classes, o output size.
+Letters: K classes, d input size, h hidden units, o output size, n heads in a stack.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-from text2weight.errors import ArtifactError
+from text2weight.errors import ArtifactError, InvalidInputError
 from text2weight.head import HeadSpec
+from text2weight.strict_safetensors import Entry, is_text, load_json, make_tensors, read_header
 
 FORMAT = "text2weight.head/1"
-MAX_HEADER_BYTES = 1 << 20
+STACK_FORMAT = "text2weight.heads/1"
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MATRICES = ("linear1.weight", "linear2.weight")
+_EMBEDDINGS = "class_embeddings"
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,60 @@ class HeadArtifact:
             activation="gelu" if self.metadata["activation"] == "gelu" else "none",
         )
 
-    def to_bytes(self) -> bytes:
-        """Serialise as safetensors; equal heads give equal bytes."""
-        tensors = {**self.tensors, "class_embeddings": self.class_embeddings}
-        plain = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
-        return _with_ordered_metadata(save(plain, metadata=self.metadata))
+    def with_metadata(self, **values: str) -> HeadArtifact:
+        """The same head with further metadata."""
+        return replace(self, metadata=self.metadata | values)
+
+    def to_bytes(self, precision: Precision = "fp32") -> bytes:
+        """Serialise as safetensors; equal heads give equal bytes.
+
+        Args:
+            precision: of all tensors; another one than fp32 is stated in the metadata.
+
+        Raises:
+            InvalidInputError: field "precision"; a number is too large for it.
+        """
+        return _to_bytes({**self.tensors, _EMBEDDINGS: self.class_embeddings}, self.metadata, precision)
+
+
+def stack_to_bytes(heads: Sequence[HeadArtifact], precision: Precision = "fp32") -> bytes:
+    """Serialise n heads that differ in their seeds as one safetensors file.
+
+    Args:
+        heads: equal in classes and metadata but for `seed`.
+        precision: see `HeadArtifact.to_bytes`.
+
+    Returns:
+        weight tensors with a leading axis n, `class_embeddings` (K, o) of all of them, and the metadata `seeds`.
+
+    Raises:
+        InvalidInputError: see `HeadArtifact.to_bytes`.
+    """
+    first = heads[0]
+    tensors = {name: torch.stack([head.tensors[name] for head in heads]) for name in first.tensors}  # (n, ...)
+    metadata = {key: value for key, value in first.metadata.items() if key != "seed"}
+    metadata |= {"format": STACK_FORMAT, "seeds": json.dumps([int(head.metadata["seed"]) for head in heads])}
+    return _to_bytes({**tensors, _EMBEDDINGS: first.class_embeddings}, metadata, precision)
+
+
+def _to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], precision: Precision) -> bytes:
+    dtype = PRECISIONS[precision]
+    written = {name: tensor.detach().cpu().float().to(dtype).contiguous() for name, tensor in tensors.items()}
+    if dtype != torch.float32:
+        metadata = {**metadata, "precision": precision}
+        _check_range(tensors, written, precision)
+    return _with_ordered_metadata(save(written, metadata=dict(metadata)))
+
+
+def _check_range(tensors: Mapping[str, Tensor], written: Mapping[str, Tensor], precision: Precision) -> None:
+    for name, tensor in written.items():
+        if bool(tensor.isinf().any()):
+            largest = float(tensors[name].abs().max())
+            limit = torch.finfo(tensor.dtype).max
+            raise InvalidInputError(
+                "precision",
+                f"tensor {name!r} holds {largest:g}, and {precision} at most {limit:g}: ask for another precision",
+            )
 
 
 def _with_ordered_metadata(data: bytes) -> bytes:
@@ -72,73 +125,54 @@ def _with_ordered_metadata(data: bytes) -> bytes:
 
 
 def read_head(data: bytes) -> HeadArtifact:
-    """Read untrusted bytes as a head artifact.
+    """Read untrusted bytes as a head artifact; numbers stored as fp16 or bf16 become fp32.
+
+    Everything is checked before a tensor is made, but for the values themselves.
 
     Raises:
-        ArtifactError: not safetensors, a wrong format, name, shape or dtype, a value that is not finite,
-            or metadata that is missing or does not fit the tensors.
+        ArtifactError: not safetensors as `strict_safetensors` reads them, a wrong format, name, shape or type, a value
+            that is not finite, or metadata that is missing or does not fit the tensors.
     """
-    metadata = _read_metadata(data)
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError(f"not a safetensors file: {error}") from error
-    class_embeddings = tensors.pop("class_embeddings", None)
-    artifact = HeadArtifact(tensors, torch.empty(0) if class_embeddings is None else class_embeddings, metadata)
-    _check_tensors(artifact, has_embeddings=class_embeddings is not None)
-    return artifact
+    header = read_header(data)
+    classes = _check_metadata(header.metadata)
+    _check_shapes(header.entries, len(classes))
+    tensors = make_tensors(data, header)
+    class_embeddings = tensors.pop(_EMBEDDINGS)
+    return HeadArtifact(tensors, class_embeddings, header.metadata)
 
 
-def _read_metadata(data: bytes) -> dict[str, str]:
-    if len(data) < 8:
-        raise ArtifactError(f"{len(data)} bytes are too few for a safetensors file")
-    length = int.from_bytes(data[:8], "little")
-    if length > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise ArtifactError(f"the header claims {length} bytes: more than the file or {MAX_HEADER_BYTES} hold")
-    try:
-        header: Any = json.loads(data[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"the header is not JSON: {error}") from error
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+def _check_metadata(metadata: Mapping[str, str]) -> list[str]:
+    """Check what a reader of a head needs; returns the class names."""
+    if metadata.get("format") != FORMAT:
         raise ArtifactError(f"metadata 'format' must be {FORMAT!r}: this is not a head artifact")
     if metadata.get("activation") not in ("gelu", "none"):
         raise ArtifactError(f"metadata 'activation' is {metadata.get('activation')!r}: allowed are gelu and none")
-    try:
-        classes = json.loads(metadata["classes"])
-        scale = float(metadata["logit_scale"])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"metadata 'classes' and 'logit_scale' are required and must parse: {error!r}") from error
-    if not isinstance(classes, list) or not classes or not all(_is_text(name) for name in classes):
+    if "classes" not in metadata or "logit_scale" not in metadata:
+        raise ArtifactError("metadata 'classes' and 'logit_scale' are required")
+    classes = load_json(metadata["classes"].encode(), "metadata 'classes'", depth=1)
+    if not isinstance(classes, list) or not classes or not all(map(is_text, classes)):
         raise ArtifactError("metadata 'classes' must be a JSON list of at least one name")
     if len(set(classes)) != len(classes):
         raise ArtifactError("metadata 'classes' names a class twice")
+    try:
+        scale = float(metadata["logit_scale"])
+    except ValueError as error:
+        raise ArtifactError(f"metadata 'logit_scale' is no number: {error}") from error
     if not math.isfinite(scale) or scale <= 0:
         raise ArtifactError(f"metadata 'logit_scale' is {scale}: it must be a positive number")
-    return metadata
+    return list(classes)
 
 
-def _is_text(value: object) -> bool:
-    # A lone surrogate parses as JSON and then breaks whoever prints or sends it.
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
-
-
-def _check_tensors(artifact: HeadArtifact, *, has_embeddings: bool) -> None:
-    tensors = artifact.tensors
-    for name in ("linear1.weight", "linear2.weight"):
-        if name not in tensors or tensors[name].ndim != 2:
+def _check_shapes(entries: Mapping[str, Entry], classes: int) -> None:
+    for name in _MATRICES:
+        if name not in entries or len(entries[name].shape) != 2:
             raise ArtifactError(f"tensor {name!r} is missing or not a matrix")
-    try:
-        expected = artifact.spec.shapes
-    except ValidationError as error:
-        raise ArtifactError("a tensor has a dimension of size 0") from error
-    if set(tensors) != set(expected) or not has_embeddings:
-        raise ArtifactError(f"tensors are {sorted(tensors)}: expected {sorted(expected)} and class_embeddings")
-    expected = expected | {"class_embeddings": (len(artifact.classes), artifact.spec.output_dim)}
-    for name, tensor in {**tensors, "class_embeddings": artifact.class_embeddings}.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise ArtifactError(f"tensor {name!r} has shape {tuple(tensor.shape)}: expected {expected[name]}")
-        if tensor.dtype != torch.float32:
-            raise ArtifactError(f"tensor {name!r} is {tensor.dtype}: expected float32")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"tensor {name!r} holds values that are not finite")
+    hidden, inputs = entries["linear1.weight"].shape
+    outputs = entries["linear2.weight"].shape[0]
+    spec = HeadSpec(input_dim=inputs, hidden_dim=hidden, output_dim=outputs, bias="linear1.bias" in entries)
+    expected = spec.shapes | {_EMBEDDINGS: (classes, outputs)}
+    if set(entries) != set(expected):
+        raise ArtifactError(f"tensors are {str(sorted(entries))[:500]}: expected {sorted(expected)}")
+    for name, shape in expected.items():
+        if entries[name].shape != shape:
+            raise ArtifactError(f"tensor {name!r} has shape {entries[name].shape}: expected {shape}")

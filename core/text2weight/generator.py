@@ -278,6 +278,11 @@ class Generator:
         return GenerationRequest(names, embeddings, seed, steps, sampler, guidance_scale)
 
     @property
+    def anchor(self) -> Tensor:
+        """(P,) the head that the weight space measures deviations from, on the CPU: the zoo's universal head."""
+        return self._space_on_cpu.anchor
+
+    @property
     def denoiser_parameters(self) -> int:
         """How many parameters the denoiser has."""
         return sum(parameter.numel() for parameter in self._denoiser.parameters())

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +24,29 @@ from text2weight.condition import plain_name
 from text2weight.errors import CheckpointError, InvalidInputError
 
 ENCODE_BATCH = 256
+VOCABULARY = "vocabulary.json"
 TEMPLATE_PATTERN = r"^[^{}]*\{\}[^{}]*$"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a text encoder of limited reach knows: names, each under any of the templates.
+
+    Attributes:
+        templates: prompts with one `{}` for the name.
+        names: class names; of several synonyms the first alone is known, too.
+    """
+
+    templates: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @cached_property
+    def _keys(self) -> frozenset[str]:
+        return frozenset(plain_name(form).casefold() for name in self.names for form in (name, name.split(",")[0]))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a class name is known; letter case does not count."""
+        return plain_name(name).casefold() in self._keys
 
 
 @runtime_checkable
@@ -34,11 +57,13 @@ class TextEncoder(Protocol):
         name: what a person calls it, for metadata.
         fingerprint: identifies the exact weights, for caches and checks.
         embedding_dim: D.
+        vocabulary: what it was trained on or holds, where that is a list of names; None for a model of any text.
     """
 
     name: str
     fingerprint: str
     embedding_dim: int
+    vocabulary: Vocabulary | None
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embed n texts: (n, D) fp32 on the CPU, each row of length 1."""
@@ -48,12 +73,15 @@ class TextEncoder(Protocol):
 class OpenClipTextEncoder:
     """The text tower of an open_clip model; its image tower is dropped after loading."""
 
-    def __init__(self, model: nn.Module, tokenizer: object, name: str, device: str) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: object, name: str, device: str, vocabulary: Vocabulary | None = None
+    ) -> None:
         model.visual = nn.Identity()
         self._model = model.to(device).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._device = device
         self.name = name
+        self.vocabulary = vocabulary
         self.fingerprint = _fingerprint(model)
         self.embedding_dim = int(self.encode(["a"]).shape[1])
 
@@ -68,7 +96,7 @@ class OpenClipTextEncoder:
 
     @classmethod
     def from_directory(cls, path: str | Path, device: str = "cpu") -> OpenClipTextEncoder:
-        """Load a folder with open_clip_config.json and open_clip_model.safetensors.
+        """Load a folder with open_clip_config.json and open_clip_model.safetensors, and perhaps vocabulary.json.
 
         Raises:
             CheckpointError: the folder is missing, damaged or not such a folder.
@@ -77,10 +105,13 @@ class OpenClipTextEncoder:
         for name in ("open_clip_config.json", "open_clip_model.safetensors"):
             if not (Path(path) / name).is_file():
                 raise CheckpointError(f"text encoder folder {path} has no {name}")
-        return cls._load(f"local-dir:{path}", None, f"open_clip:{Path(path).name}", device)
+        vocabulary = read_vocabulary(Path(path) / VOCABULARY)
+        return cls._load(f"local-dir:{path}", None, f"open_clip:{Path(path).name}", device, vocabulary)
 
     @classmethod
-    def _load(cls, architecture: str, tag: str | None, name: str, device: str) -> OpenClipTextEncoder:
+    def _load(
+        cls, architecture: str, tag: str | None, name: str, device: str, vocabulary: Vocabulary | None = None
+    ) -> OpenClipTextEncoder:
         import open_clip
 
         try:
@@ -88,7 +119,7 @@ class OpenClipTextEncoder:
             tokenizer = open_clip.get_tokenizer(architecture)
         except Exception as error:  # open_clip raises many kinds, from its own to the hub's
             raise CheckpointError(f"text encoder {name} cannot be loaded: {error}") from error
-        return cls(model, tokenizer, name, device)
+        return cls(model, tokenizer, name, device, vocabulary)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Embed n texts: (n, D) fp32 on the CPU, each row of length 1."""
@@ -98,6 +129,25 @@ class OpenClipTextEncoder:
                 tokens = self._tokenizer(list(texts[start : start + ENCODE_BATCH]))  # type: ignore[operator]
                 rows.append(self._model.encode_text(tokens.to(self._device)).float().cpu())  # type: ignore[operator]
         return F.normalize(torch.cat(rows), dim=-1)
+
+
+def read_vocabulary(path: Path) -> Vocabulary | None:
+    """Read what `t2w distill-text` wrote beside a text tower; None where there is no such file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lists = [content[key] for key in ("templates", "names")]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(f"vocabulary {path} cannot be read: {error!r}") from error
+    if not all(isinstance(value, list) and all(isinstance(text, str) for text in value) for value in lists):
+        raise CheckpointError(f"vocabulary {path}: templates and names must be lists of texts")
+    templates, names = map(tuple, lists)
+    return Vocabulary(templates, names)
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -242,6 +292,7 @@ class TableTextEncoder:
         self._table = table
         self._rows = {table.template.format(key): row for key, row in table.rows.items()}
         self.name = name
+        self.vocabulary: Vocabulary | None = Vocabulary((table.template,), table.names)
         self.embedding_dim = int(table.embeddings.shape[1])
         self.fingerprint = table.fingerprint or _table_fingerprint(
             table.template, table.names, table.embeddings, table.descriptions

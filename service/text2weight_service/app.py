@@ -9,12 +9,12 @@ from importlib.metadata import version
 import structlog
 from fastapi import FastAPI
 
+from text2weight_service import enhance_routes, fuse_routes, routes, stream_routes
 from text2weight_service.access import AccessControl, AccessMiddleware
 from text2weight_service.engine import Engine
 from text2weight_service.middleware import BodyLimitMiddleware, RequestContextMiddleware, SafeHeadersMiddleware
 from text2weight_service.openapi import install_openapi
 from text2weight_service.problems import install_problem_handlers
-from text2weight_service.routes import router
 from text2weight_service.settings import Settings, unknown_variables
 
 log = structlog.get_logger(__name__)
@@ -57,7 +57,8 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.engine = engine
-    app.include_router(router)
+    for router in (routes.router, stream_routes.router, fuse_routes.router, enhance_routes.router):
+        app.include_router(router)
     install_problem_handlers(app)
     install_openapi(app)
     # The last one added is the outermost.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from text2weight.descriptions import Descriptions, describe_classes, match_descriptions
 from text2weight.generator import GenerationRequest, created_by
+from text2weight.text_encoder import Vocabulary
 from text2weight_service.model import Model
 
 
@@ -143,6 +144,7 @@ class _KnownTexts:
 
     name = "cache"
     fingerprint = ""
+    vocabulary: Vocabulary | None = None
 
     def __init__(self, rows: Mapping[str, Tensor], embedding_dim: int) -> None:
         self._rows = rows

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from text2weight.artifact import HeadArtifact
+from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.generator import GenerationRequest
 from text2weight.head import HeadSpec
@@ -59,6 +62,11 @@ class ModelConfig(Protocol):
         """Measured results."""
         ...
 
+    @property
+    def denoiser(self) -> DenoiserConfig:
+        """What the network was trained to read."""
+        ...
+
 
 class Model(Protocol):
     """The methods of `text2weight.generator.Generator` that the engine calls.
@@ -66,6 +74,11 @@ class Model(Protocol):
     `prompts`, `resolve_sampling` and `check` are cheap and run on the event loop. The text encoder runs on a thread of
     its own, and for checks on the model's thread, which alone calls the rest.
     """
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        ...
 
     @property
     def config(self) -> ModelConfig:
@@ -80,6 +93,11 @@ class Model(Protocol):
     @property
     def text_encoder(self) -> TextEncoder:
         """Embeds prompts."""
+        ...
+
+    @property
+    def anchor(self) -> Tensor:
+        """(P,) the head that deviations are measured from, on the CPU."""
         ...
 
     def prompts(self, classes: Sequence[str], template: str | None = None) -> list[str]:

@@ -12,19 +12,20 @@ from fastapi.openapi.utils import get_openapi
 
 from text2weight_service.access import is_open
 from text2weight_service.problems import MEDIA_TYPE, Kind, Problem
-from text2weight_service.schemas import GenerateRequest
+from text2weight_service.schemas import EnhanceRequest, FuseRequest, GenerateRequest, StreamRequest
 
 DEFAULT_PATH = Path("docs/openapi.json")
+_BODIES = (GenerateRequest, StreamRequest, FuseRequest, EnhanceRequest, Problem)
 
 
 def install_openapi(app: FastAPI) -> None:
-    """Make the application describe the two bodies that its routes read and write by hand."""
+    """Make the application describe the bodies that its routes read and write by hand."""
 
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
             description = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
             schemas = description.setdefault("components", {}).setdefault("schemas", {})
-            for model in (GenerateRequest, Problem):
+            for model in _BODIES:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 schemas.update(schema.pop("$defs", {}))
                 schemas[model.__name__] = schema

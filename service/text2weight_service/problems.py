@@ -31,9 +31,10 @@ class Kind(Enum):
     METHOD_NOT_ALLOWED = ("method-not-allowed", 405, "Method not allowed on this path")
     BODY_TIMEOUT = ("body-timeout", 408, "The request body did not arrive in time")
     BODY_TOO_LARGE = ("body-too-large", 413, "The request body is too large")
-    UNSUPPORTED_TYPE = ("unsupported-type", 415, "The request body must be plain application/json")
+    UNSUPPORTED_TYPE = ("unsupported-type", 415, "The request body has a type that this path does not take")
     INVALID_INPUT = ("invalid-input", 422, "A field of the request cannot be used")
-    MALFORMED_JSON = ("malformed-json", 422, "The request body is not valid JSON")
+    MALFORMED_JSON = ("malformed-json", 422, "The request is not valid JSON")
+    MALFORMED_MULTIPART = ("malformed-multipart", 422, "The request body is not valid multipart/form-data")
     QUEUE_FULL = ("queue-full", 429, "Too many requests are waiting")
     RATE_LIMITED = ("rate-limited", 429, "Too many requests of this client")
     INTERNAL = ("internal", 500, "The service failed on this request")
@@ -94,9 +95,9 @@ class ProblemError(Exception):
         self.headers = dict(headers or {})
 
 
-def problem_response(problem: ProblemError, request_id: str) -> Response:
-    """Render a problem."""
-    body = Problem(
+def describe_problem(problem: ProblemError, request_id: str) -> Problem:
+    """A problem as its client reads it."""
+    return Problem(
         type=problem.kind.type,
         title=problem.kind.title,
         status=problem.kind.status,
@@ -104,14 +105,22 @@ def problem_response(problem: ProblemError, request_id: str) -> Response:
         request_id=request_id,
         errors=list(problem.errors),
     )
-    return Response(
-        body.model_dump_json(), status_code=problem.kind.status, media_type=MEDIA_TYPE, headers=problem.headers
-    )
+
+
+def problem_response(problem: ProblemError, request_id: str) -> Response:
+    """Answer with a problem."""
+    body = describe_problem(problem, request_id).model_dump_json()
+    return Response(body, status_code=problem.kind.status, media_type=MEDIA_TYPE, headers=problem.headers)
 
 
 def internal_problem() -> ProblemError:
     """The problem that tells a client nothing but the request id."""
     return ProblemError(Kind.INTERNAL, "an internal error occurred; the log has it under this request_id")
+
+
+def body_timeout_problem() -> ProblemError:
+    """The problem of a body that comes too slowly."""
+    return ProblemError(Kind.BODY_TIMEOUT, "send the whole body at once", headers={"Connection": "close"})
 
 
 def invalid_fields(errors: Sequence[FieldError]) -> ProblemError:
@@ -164,7 +173,8 @@ def to_problem(error: Exception) -> ProblemError:
             )
         case DeadlineError():
             return ProblemError(
-                Kind.DEADLINE, "the request timeout of this worker is over; ask for fewer steps or later"
+                Kind.DEADLINE,
+                "the request's deadline_ms or this worker's timeout is over; ask for fewer steps or later",
             )
         case HTTPException(status_code=HTTPStatus.NOT_FOUND):
             return ProblemError(Kind.NOT_FOUND, "see /docs for the paths of this service")

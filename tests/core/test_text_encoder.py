@@ -18,8 +18,10 @@ from text2weight.text_encoder import (
     OpenClipTextEncoder,
     TableTextEncoder,
     TextEncoder,
+    Vocabulary,
     load_text_encoder,
     read_embedding_table,
+    read_vocabulary,
     write_embedding_tables,
 )
 
@@ -279,3 +281,31 @@ class TestRealTables:
         table = read_embedding_table(f"{REAL_DATA / 'clip_vitb32_text.safetensors'}#imagenet1k.photo")
         assert table.names[table.rows["tench"]] == "tench, Tinca tinca"
         assert table.names[table.rows["tench, tinca tinca"]] == "tench, Tinca tinca"
+
+
+class TestVocabulary:
+    def test_names_are_known_in_any_case_and_by_their_first_synonym(self) -> None:
+        vocabulary = Vocabulary(("a {}",), ("cat, house cat", "Maple tree"))
+        assert all(name in vocabulary for name in ("cat", "CAT", "cat, house cat", "maple_tree"))
+        assert all(name not in vocabulary for name in ("house cat", "maple", ""))
+
+    def test_a_folder_states_it_and_need_not(self, clip_folder: Path, tmp_path: Path) -> None:
+        assert OpenClipTextEncoder.from_directory(clip_folder).vocabulary is None
+        folder = tmp_path / "tower"
+        shutil.copytree(clip_folder, folder)
+        (folder / "vocabulary.json").write_text('{"templates": ["a {}"], "names": ["apple"]}')
+        encoder = OpenClipTextEncoder.from_directory(folder)
+        assert encoder.vocabulary == Vocabulary(("a {}",), ("apple",))
+        assert encoder.fingerprint == OpenClipTextEncoder.from_directory(clip_folder).fingerprint
+
+    @pytest.mark.parametrize(
+        "content",
+        ["", "{", "[]", '{"names": ["a"]}', '{"templates": "a {}", "names": ["a"]}', '{"templates": [], "names": [1]}'],
+    )
+    def test_a_damaged_one_is_refused(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "vocabulary.json").write_text(content)
+        with pytest.raises(CheckpointError, match="vocabulary"):
+            read_vocabulary(tmp_path / "vocabulary.json")
+
+    def test_a_table_knows_its_names(self, table_file: Path) -> None:
+        assert TableTextEncoder.from_file(table_file, "other").vocabulary == Vocabulary(("a {}",), ("sea", "sun"))

@@ -5,12 +5,14 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from text2weight.artifact import FORMAT, HeadArtifact
 from text2weight.condition import condition_on_classes, pad_embeddings
+from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.enhancement import Start
 from text2weight.errors import InvalidInputError
@@ -30,6 +32,7 @@ class FakeTextEncoder:
     name = "fake"
     fingerprint = "f00d"
     embedding_dim = DIM
+    vocabulary = None
 
     def __init__(self) -> None:
         self.encoded: list[str] = []
@@ -60,6 +63,7 @@ class FakeConfig:
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "fake-backbone"})
     evaluation: dict[str, Any] = field(default_factory=dict)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
 
 class FakeModel:
@@ -79,7 +83,9 @@ class FakeModel:
     checkpoint_hash = "c0ffee"
 
     def __init__(self) -> None:
+        self.path = Path("no such checkpoint")
         self.config = FakeConfig()
+        self.anchor = torch.zeros(SPEC.num_parameters)
         self.text_encoder = FakeTextEncoder()
         self.batches: list[list[tuple[str, ...]]] = []
         self.rows: list[int] = []

@@ -38,10 +38,16 @@ class Live:
 
 
 @contextmanager
-def serve(load: Callable[[Settings], Model], *, wait_until_ready: bool = True, **settings: object) -> Iterator[Live]:
+def serve(
+    load: Callable[[Settings], Model],
+    *,
+    wait_until_ready: bool = True,
+    engine_class: type[Engine] = Engine,
+    **settings: object,
+) -> Iterator[Live]:
     """Serve a model with the given settings on a free port."""
     chosen = Settings(http_port=0, **settings)  # type: ignore[arg-type]
-    engine = Engine(chosen, load=load)
+    engine = engine_class(chosen, load=load)
     config = server_config(create_app(chosen, engine), chosen, engine.metrics)
     config.port = 0
     config.timeout_graceful_shutdown = 5

@@ -103,7 +103,7 @@ def test_details_say_what_is_allowed(shared_live: Live) -> None:
     assert "1 to 100" in detail(sampler="ddim", steps=10**6)
     assert "mean, ddpm, ddim, dpmpp_2m" in detail(sampler="euler")
     assert "9223372036854775807" in detail(seed=2**64)
-    assert "allowed are classes, seed, steps, sampler" in detail(extra=1)
+    assert "classes, descriptions, describe_classifier, samples" in detail(extra=1)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"apple"', b"3", b'["apple", "bus"]'])

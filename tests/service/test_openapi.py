@@ -18,15 +18,27 @@ def description() -> dict[str, Any]:
 
 
 def test_routes(description: dict[str, Any]) -> None:
-    assert sorted(description["paths"]) == ["/generate", "/health/live", "/health/ready", "/info", "/metrics"]
+    assert sorted(description["paths"]) == [
+        "/enhance",
+        "/fuse",
+        "/generate",
+        "/generate/stream",
+        "/health/live",
+        "/health/ready",
+        "/info",
+        "/metrics",
+    ]
 
 
-def test_documented_statuses(description: dict[str, Any]) -> None:
-    responses = description["paths"]["/generate"]["post"]["responses"]
-    assert sorted(responses) == ["200", "401", "408", "413", "415", "422", "429", "500", "503", "504"]
-    assert list(responses["200"]["content"]) == ["application/octet-stream"]
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream", "/fuse", "/enhance"])
+def test_documented_statuses(description: dict[str, Any], path: str) -> None:
+    responses = description["paths"][path]["post"]["responses"]
+    kept = [] if path.endswith("stream") else ["304"]
+    assert sorted(responses) == sorted(["200", "401", "408", "413", "415", "422", "429", "500", "503", "504", *kept])
+    answer = "text/event-stream" if path.endswith("stream") else "application/octet-stream"
+    assert list(responses["200"]["content"]) == [answer]
     for status, response in responses.items():
-        if status != "200":
+        if status not in ("200", "304"):
             assert response["content"] == {
                 "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
             }
@@ -40,9 +52,24 @@ def test_every_reference_resolves(description: dict[str, Any]) -> None:
         assert name in description["components"]["schemas"], name
 
 
-def test_request_body(description: dict[str, Any]) -> None:
-    schema = description["components"]["schemas"]["GenerateRequest"]
-    assert list(schema["properties"]) == ["classes", "seed", "steps", "sampler"]
+@pytest.mark.parametrize(
+    ("path", "kinds", "name"),
+    [
+        ("/generate", ["application/json"], "GenerateRequest"),
+        ("/generate/stream", ["application/json"], "StreamRequest"),
+        ("/fuse", ["application/json", "multipart/form-data"], "FuseRequest"),
+        ("/enhance", ["multipart/form-data"], "EnhanceRequest"),
+    ],
+)
+def test_request_bodies(description: dict[str, Any], path: str, kinds: list[str], name: str) -> None:
+    content = description["paths"][path]["post"]["requestBody"]["content"]
+    assert list(content) == kinds
+    reference = {"$ref": f"#/components/schemas/{name}"}
+    if "application/json" in kinds:
+        assert content["application/json"]["schema"] == reference
+    if "multipart/form-data" in kinds:
+        assert content["multipart/form-data"]["schema"]["properties"]["request"] == reference
+    schema = description["components"]["schemas"][name]
     assert schema["additionalProperties"] is False
     assert schema["properties"]["sampler"]["enum"] == ["mean", "ddpm", "ddim", "dpmpp_2m", None]
 

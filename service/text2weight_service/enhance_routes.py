@@ -1,0 +1,40 @@
+"""POST /enhance: an uploaded head is noised part of the way and denoised under the text."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from text2weight_service.exchange import EngineDependency, body_deadline, body_docs, head_docs, parse_json
+from text2weight_service.heads import HeadResponse, answer_with_heads, new_job
+from text2weight_service.multipart import read_parts
+from text2weight_service.schemas import EnhanceRequest
+from text2weight_service.uploads import HEAD_DOCS, read_upload, upload_rules
+
+router = APIRouter()
+
+
+@router.post(
+    "/enhance",
+    summary="Improve a head that was trained for a short while",
+    response_class=HeadResponse,
+    responses=head_docs("Head artifact, written as the given head is; the metadata states strength and seed"),
+    openapi_extra=body_docs(
+        None,
+        {"head": HEAD_DOCS, "request": {"$ref": "#/components/schemas/EnhanceRequest"}},
+    ),
+)
+async def enhance(request: Request, engine: EngineDependency) -> Response:
+    """Improve an uploaded head for class names.
+
+    Strength 0 returns its weights bit for bit; strength 1 forgets them and equals /generate with the same seed.
+    """
+    model = engine.model
+    rules = upload_rules(model, engine.settings.max_body_bytes, heads=1)
+    parts = await read_parts(request, rules, body_deadline(request, engine))
+    body = parse_json(parts["request"][0].data, EnhanceRequest)
+    head = read_upload(model, parts["head"][0].data, "head")
+    classes = head.classes if body.classes is None else body.classes
+    given = model.config.head.flatten(head.tensors)  # (P,)
+    job = new_job(request, engine, body, classes, given=given, strength=body.strength)
+    return await answer_with_heads(request, engine, [job], body.precision)

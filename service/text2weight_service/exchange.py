@@ -1,0 +1,167 @@
+"""What the routes have in common: reading JSON bodies, deadlines, giving up work nobody waits for, documentation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from email.message import Message as MailMessage
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from text2weight.errors import InvalidInputError
+from text2weight_service.engine import Engine
+from text2weight_service.problems import MEDIA_TYPE, Kind, ProblemError, body_timeout_problem, invalid_body
+
+Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
+
+HEAD_TYPE = "application/octet-stream"
+_HEAD_HEADERS = {
+    "Content-Disposition": "suggested file name",
+    "Server-Timing": "milliseconds in queue, encode and sample",
+    "X-Request-ID": "as given, or made here",
+    "X-T2W-Warnings": "number of the metadata's warnings; absent where there are none",
+    "ETag": "names the answer; only where the request leaves nothing to chance",
+    "Cache-Control": "whether the answer may be kept",
+}
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+EngineDependency = Annotated[Engine, Depends(_engine)]
+
+
+def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of problem responses."""
+    titles = {kind.status: " / ".join(k.title for k in Kind if k.status == kind.status) for kind in Kind}
+    schema = {"$ref": "#/components/schemas/Problem"}
+    retry_after = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+    return {
+        status: {
+            "description": titles[status],
+            "content": {MEDIA_TYPE: {"schema": schema}},
+            **({"headers": retry_after} if status in (429, 503) else {}),
+        }
+        for status in statuses
+    }
+
+
+def head_docs(description: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries of a route that answers with a head."""
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEAD_HEADERS.items()}
+    content = {HEAD_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+    return {
+        200: {"description": description, "content": content, "headers": headers},
+        304: {"description": "If-None-Match names this answer"},
+        **problem_docs(408, 413, 415, 422, 429, 500, 503, 504),
+    }
+
+
+def body_docs(model: type[BaseModel] | None, parts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """OpenAPI entry of a body that is read by hand: JSON of a model, multipart with these parts, or either."""
+    content: dict[str, Any] = {}
+    if model is not None:
+        content["application/json"] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    if parts is not None:
+        required = ["request"] if model is not None else list(parts)
+        schema = {"type": "object", "properties": parts, "required": required}
+        encoding = {"request": {"contentType": "application/json"}}
+        content["multipart/form-data"] = {"schema": schema, "encoding": encoding}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def body_deadline(request: Request, engine: Engine) -> float:
+    """`time.monotonic()` at which the worker's own timeout for a request is over."""
+    return float(request.state.started_at + engine.settings.request_timeout_s)
+
+
+def answer_deadline(request: Request, engine: Engine, deadline_ms: int | None) -> float:
+    """`time.monotonic()` at which the caller gives up.
+
+    Raises:
+        InvalidInputError: field "deadline_ms"; more than the worker's own timeout.
+    """
+    longest = int(engine.settings.request_timeout_s * 1000)
+    if deadline_ms is None:
+        return body_deadline(request, engine)
+    if deadline_ms > longest:
+        raise InvalidInputError("deadline_ms", f"deadline_ms is {deadline_ms}: allowed are 1 to {longest}")
+    return float(request.state.started_at + deadline_ms / 1000)
+
+
+async def read_json(request: Request, model: type[Body], deadline: float) -> Body:
+    """Read a JSON body.
+
+    Raises:
+        ProblemError: another content type, a body that comes too slowly, or one that does not fit the model.
+    """
+    _check_content_type(request)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            raw = await request.body()
+    except TimeoutError:
+        raise body_timeout_problem() from None
+    return parse_json(raw, model)
+
+
+def parse_json(raw: bytes, model: type[Body]) -> Body:
+    """Read JSON bytes as a model.
+
+    Raises:
+        ProblemError: they are no JSON, or do not fit the model.
+    """
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        raise invalid_body(error, tuple(model.model_fields)) from None
+
+
+def _check_content_type(request: Request) -> None:
+    header = MailMessage()
+    header["content-type"] = request.headers.get("content-type", "")
+    kind, charset = header.get_content_type(), header.get_content_charset("utf-8")
+    encoding = request.headers.get("content-encoding", "identity")
+    if kind != "application/json" or charset not in ("utf-8", "us-ascii") or encoding != "identity":
+        raise ProblemError(
+            Kind.UNSUPPORTED_TYPE, "send Content-Type: application/json in UTF-8, without Content-Encoding"
+        )
+
+
+async def while_connected(request: Request, works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Await several pieces of work at once, but give all of them up as soon as one fails or the client is gone.
+
+    Raises:
+        ClientDisconnect: the client is gone.
+    """
+    tasks = [asyncio.create_task(work) for work in works]
+    gone = asyncio.create_task(_disconnection(request))
+    waiting = set(tasks)
+    try:
+        while waiting:
+            await asyncio.wait({*waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in waiting if task.done()]:
+                task.result()
+                waiting.discard(task)
+            if waiting and gone.done():
+                raise ClientDisconnect
+        return [task.result() for task in tasks]
+    finally:
+        gone.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait((*tasks, gone))
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()  # asyncio reports one that nobody looked at
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
