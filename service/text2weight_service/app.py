@@ -9,9 +9,12 @@ from importlib.metadata import version
 import structlog
 from fastapi import FastAPI
 
+from text2weight_service.classify import PictureClassifier
+from text2weight_service.classify_routes import router as classify_router
 from text2weight_service.engine import Engine
 from text2weight_service.middleware import BodyLimitMiddleware, RequestContextMiddleware
 from text2weight_service.openapi import install_openapi
+from text2weight_service.playground_routes import router as playground_router
 from text2weight_service.problems import install_problem_handlers
 from text2weight_service.routes import router
 from text2weight_service.settings import Settings, unknown_variables
@@ -51,10 +54,13 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.engine = engine
+    app.state.classifier = PictureClassifier(settings.max_classes)
     app.include_router(router)
+    app.include_router(classify_router)
+    app.include_router(playground_router)
     install_problem_handlers(app)
     install_openapi(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, max_upload_bytes=settings.max_upload_bytes)
     app.add_middleware(RequestContextMiddleware, metrics=engine.metrics)
     return app

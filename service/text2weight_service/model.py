@@ -60,6 +60,11 @@ class Model(Protocol):
     """
 
     @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        ...
+
+    @property
     def config(self) -> ModelConfig:
         """The checkpoint's configuration."""
         ...

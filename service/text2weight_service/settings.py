@@ -35,6 +35,7 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(default=20.0, ge=0, description="time to finish accepted requests at shutdown")
 
     max_body_bytes: int = Field(default=262_144, ge=1024, description="largest request body; larger gets 413")
+    max_upload_bytes: int = Field(default=16_777_216, ge=1024, description="the same for a multipart body of files")
     max_classes: int = Field(default=256, ge=2, le=256, description="most class names in one request")
     max_steps: int = Field(default=1000, ge=1, le=1000, description="most denoiser steps in one request")
 

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class FakeModel:
     checkpoint_hash = "c0ffee"
 
     def __init__(self) -> None:
+        self.path = Path("no such checkpoint")
         self.config = FakeConfig()
         self.text_encoder = FakeTextEncoder()
         self.batches: list[list[tuple[str, ...]]] = []

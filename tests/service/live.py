@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import httpx
 import uvicorn
 
+from fastapi import FastAPI
+
 from text2weight_service.app import create_app
 from text2weight_service.engine import Engine, Phase
 from text2weight_service.model import Model
@@ -37,12 +39,20 @@ class Live:
 
 
 @contextmanager
-def serve(load: Callable[[Settings], Model], *, wait_until_ready: bool = True, **settings: object) -> Iterator[Live]:
-    """Serve a model with the given settings on a free port."""
+def serve(
+    load: Callable[[Settings], Model],
+    *,
+    wait_until_ready: bool = True,
+    prepare: Callable[[FastAPI], None] = lambda _: None,
+    **settings: object,
+) -> Iterator[Live]:
+    """Serve a model with the given settings on a free port; `prepare` may change the application before."""
     chosen = Settings(http_port=0, **settings)  # type: ignore[arg-type]
     engine = Engine(chosen, load=load)
+    app = create_app(chosen, engine)
+    prepare(app)
     config = uvicorn.Config(
-        create_app(chosen, engine), port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5
+        app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
