@@ -124,7 +124,7 @@ async def _read_form(request: Request, deadline: float) -> AsyncIterator[FormDat
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
             form = await request.form(
-                max_files=MAX_PICTURES + 1, max_fields=_MAX_TEXT_PARTS, max_part_size=_MAX_TEXT_BYTES
+                max_files=MAX_PICTURES + 2, max_fields=_MAX_TEXT_PARTS, max_part_size=_MAX_TEXT_BYTES
             )
     except TimeoutError:
         raise ProblemError(Kind.BODY_TIMEOUT, "send the whole body at once", headers={"Connection": "close"}) from None
@@ -147,13 +147,9 @@ def _parts(form: FormData) -> tuple[UploadFile, list[UploadFile]]:
             raise InvalidInputError(name, "unknown part; allowed are head, image")
         if not isinstance(part, UploadFile):
             raise InvalidInputError(name, "must be a file: give the part a file name")
-    files = {
-        name: [part for part in form.getlist(name) if isinstance(part, UploadFile)] for name in ("head", "image")
-    }
+    files = {name: [part for part in form.getlist(name) if isinstance(part, UploadFile)] for name in ("head", "image")}
     if len(files["head"]) != 1:
         raise InvalidInputError("head", f"{len(files['head'])} parts named head: exactly one is allowed")
     if not 1 <= len(files["image"]) <= MAX_PICTURES:
-        raise InvalidInputError(
-            "image", f"{len(files['image'])} parts named image: allowed are 1 to {MAX_PICTURES}"
-        )
+        raise InvalidInputError("image", f"{len(files['image'])} parts named image: allowed are 1 to {MAX_PICTURES}")
     return files["head"][0], files["image"]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import httpx
 import uvicorn
-
 from fastapi import FastAPI
 
 from text2weight_service.app import create_app
@@ -51,9 +50,7 @@ def serve(
     engine = Engine(chosen, load=load)
     app = create_app(chosen, engine)
     prepare(app)
-    config = uvicorn.Config(
-        app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5
-    )
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

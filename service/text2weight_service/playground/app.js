@@ -105,7 +105,6 @@ async function generate() {
   const found = faults(body);
   showFaults(found);
   if (Object.keys(found).length) return;
-  running?.abort();
   const run = new AbortController();
   running = run;
   begin(body);
@@ -127,7 +126,7 @@ async function generate() {
 
 function begin(body) {
   $("problem").textContent = "";
-  $("generate").disabled = true;
+  $("generate").ariaDisabled = "true"; // a disabled button would lose the keyboard's focus
   $("stop").hidden = false;
   $("running").hidden = false;
   $("progress").removeAttribute("value");
@@ -140,7 +139,7 @@ function begin(body) {
 function end() {
   running = null;
   const wasFocused = document.activeElement === $("stop");
-  $("generate").disabled = false;
+  $("generate").ariaDisabled = null;
   $("stop").hidden = true;
   $("running").hidden = true;
   if (wasFocused) $("generate").focus();
@@ -225,7 +224,7 @@ function copyButton(button, source, what) {
 
 $("request").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!$("generate").disabled) generate();
+  if (!running) generate();
 });
 $("request").addEventListener("input", () => showCode());
 $("sampler-input").addEventListener("change", suggestSteps);

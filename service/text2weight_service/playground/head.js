@@ -59,7 +59,7 @@ export class HeatMap {
   }
 }
 
-export const percent = (share) => `${(100 * share).toFixed(1)} %`;
+export const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
 
 function quantile(values, share) {
   const sorted = values.map(Math.abs).sort();

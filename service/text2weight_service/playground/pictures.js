@@ -20,10 +20,7 @@ export class Pictures {
     this.#onKeyWanted = onKeyWanted;
     const input = $("image-input");
     const drop = $("drop");
-    input.addEventListener("change", () => {
-      this.#add(input.files);
-      input.value = ""; // so that the same file can be chosen again
-    });
+    input.addEventListener("change", () => this.#add(input.files));
     drop.addEventListener("dragover", (event) => {
       event.preventDefault();
       drop.classList.add("over");
@@ -36,6 +33,7 @@ export class Pictures {
     });
     $("remove-pictures").addEventListener("click", () => {
       this.#set([]);
+      input.value = ""; // so that the same file can be chosen again
       input.focus();
     });
   }
@@ -97,7 +95,7 @@ export class Pictures {
   #showClasses(index, classes) {
     const rows = classes.slice(0, SHOWN_CLASSES).map(({ name, probability }) => {
       const bar = make("span", "", { className: "bar", ariaHidden: "true" });
-      bar.style.width = percent(probability).replace(" ", "");
+      bar.style.width = `${100 * probability}%`;
       return make("li", [bar, make("span", name), make("span", percent(probability))]);
     });
     const rest = classes.length - rows.length;
