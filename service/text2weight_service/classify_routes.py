@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from text2weight.errors import InvalidInputError
 from text2weight_service.classify import MAX_PICTURES, ClassifyJob, PictureClassifier, backbone_folder
@@ -115,21 +115,49 @@ async def classify(
     )
 
 
+class _WholeFormParser(MultiPartParser):
+    """Refuses a body without its closing boundary, whose last part Starlette's own parser silently drops."""
+
+    _ended = False
+
+    def on_end(self) -> None:
+        """The closing boundary was read."""
+        self._ended = True
+
+    async def parse(self) -> FormData:
+        """Read the body.
+
+        Raises:
+            MultiPartException: it is damaged, or over a limit.
+        """
+        form = await super().parse()
+        if not self._ended:
+            for file in self._files_to_close_on_error:
+                file.close()
+            raise MultiPartException("the closing boundary is missing")
+        return form
+
+
 @asynccontextmanager
 async def _read_form(request: Request, deadline: float) -> AsyncIterator[FormData]:
     """The parts of a multipart body; its files are closed in the end."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data" or request.headers.get("content-encoding", "identity") != "identity":
         raise ProblemError(Kind.UNSUPPORTED_TYPE, "send Content-Type: multipart/form-data, without Content-Encoding")
+    parser = _WholeFormParser(
+        request.headers,
+        request.stream(),
+        max_files=MAX_PICTURES + 2,
+        max_fields=_MAX_TEXT_PARTS,
+        max_part_size=_MAX_TEXT_BYTES,
+    )
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
-            form = await request.form(
-                max_files=MAX_PICTURES + 2, max_fields=_MAX_TEXT_PARTS, max_part_size=_MAX_TEXT_BYTES
-            )
+            form = await parser.parse()
     except TimeoutError:
         raise ProblemError(Kind.BODY_TIMEOUT, "send the whole body at once", headers={"Connection": "close"}) from None
-    except HTTPException as error:
-        raise invalid_fields([FieldError(field="body", message=error.detail)]) from None
+    except MultiPartException as error:
+        raise invalid_fields([FieldError(field="body", message=error.message)]) from None
     try:
         yield form
     finally:

@@ -240,6 +240,10 @@ def test_body_must_be_multipart(service: Live, head: bytes) -> None:
     [
         ("multipart/form-data", b"--b--"),
         ("multipart/form-data; boundary=b", b"no boundary in here"),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\nContent-Disposition: form-data; name="head"; filename="h"\r\n\r\nx',
+        ),
         ("multipart/form-data; boundary=b", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"),
     ],
 )
