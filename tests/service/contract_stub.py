@@ -37,11 +37,15 @@ async def _stream(request: Request) -> Response:
     return StreamingResponse(_events(request.app.state.engine.model, body), media_type="text/event-stream")
 
 
+class _GoneError(Exception):
+    """Nobody reads the stream any more."""
+
+
 async def _events(generator: Generator, body: dict[str, Any]) -> AsyncIterator[str]:
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[str]()
     sampler, steps = generator.resolve_sampling(body.get("sampler"), body.get("steps"))
     names, seed, every = tuple(body["classes"]), body.get("seed", 5), body["heads_every"]
-    calls = 0
+    calls, gone = 0, False
 
     def tell(event: str, **data: object) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, f"event: {event}\ndata: {json.dumps(data)}\n\n")
@@ -52,6 +56,8 @@ async def _events(generator: Generator, body: dict[str, Any]) -> AsyncIterator[s
         tell("progress", step=calls, steps=steps, timestep=int(call.timesteps[0]))
         if every and calls % every == 0:
             tell("head", step=calls, head=encode(call.estimates[0]))
+        if gone:
+            raise _GoneError
         time.sleep(STEP_S)
 
     def encode(flat: Any) -> str:
@@ -64,10 +70,13 @@ async def _events(generator: Generator, body: dict[str, Any]) -> AsyncIterator[s
 
     embeddings = generator.text_encoder.encode(generator.prompts(names))
     request = GenerationRequest(names, embeddings, seed, steps, sampler)
-    working = asyncio.create_task(asyncio.to_thread(work))
-    while True:
-        event = await queue.get()
-        yield event
-        if event.startswith("event: done"):
-            break
-    await working
+    working = loop.run_in_executor(None, work)
+    try:
+        while True:
+            event = await queue.get()
+            yield event
+            if event.startswith("event: done"):
+                break
+        await working
+    finally:
+        gone = True
