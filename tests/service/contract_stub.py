@@ -25,7 +25,7 @@ def add_contract(app: FastAPI) -> None:
 
 async def _info(request: Request) -> Response:
     engine = request.app.state.engine
-    info = describe_service(engine.model, engine.settings, engine.phase.value, "0").model_dump()
+    info = describe_service(engine.model, engine.settings, engine.phase.value, request.app.version).model_dump()
     info["limits"] = {"max_classes": 256, "max_steps": 1000, "max_name_length": 200, "max_seed": 2**63 - 1}
     info["features"] = {"guidance": False, "classify": backbone_folder(engine.model) is not None}
     info["known_classes"] = list(engine.model.config.classes)

@@ -169,7 +169,7 @@ function finish(bytes, milliseconds) {
     Time: `${Math.round(milliseconds)} ms, seen from here`,
     Backbone: metadata.backbone,
     Checkpoint: metadata.checkpoint.slice(0, 12),
-    ...(metadata.warnings && { Warnings: metadata.warnings }),
+    ...(metadata.warnings && { Warnings: JSON.parse(metadata.warnings).join(" ") }),
   };
   $("facts").replaceChildren(
     ...Object.entries(facts).flatMap(([name, value]) => [make("dt", name), make("dd", value ?? "not stated")]),

@@ -110,6 +110,6 @@ export class ClassList {
     );
     $("count").textContent = count(this.names.length, "class", "classes");
     $("clear").disabled = this.names.length === 0;
-    $("unknown").textContent = unknown.length ? `Not tested with this model, results may be poor: ${unknown.join(", ")}.` : "";
+    $("unknown").textContent = unknown.length ? `The text encoder was not trained on ${unknown.join(", ")}: results may be poor.` : "";
   }
 }
