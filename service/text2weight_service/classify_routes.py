@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from text2weight.errors import InvalidInputError
 from text2weight_service.classify import MAX_PICTURES, ClassifyJob, PictureClassifier, backbone_folder
 from text2weight_service.engine import Phase
-from text2weight_service.problems import FieldError, Kind, ProblemError, invalid_fields, not_ready_problem
+from text2weight_service.problems import Kind, ProblemError, not_ready_problem
 from text2weight_service.routes import EngineDependency, _problems
 
 router = APIRouter()
@@ -157,7 +157,7 @@ async def _read_form(request: Request, deadline: float) -> AsyncIterator[FormDat
     except TimeoutError:
         raise ProblemError(Kind.BODY_TIMEOUT, "send the whole body at once", headers={"Connection": "close"}) from None
     except MultiPartException as error:
-        raise invalid_fields([FieldError(field="body", message=error.message)]) from None
+        raise ProblemError(Kind.MALFORMED_MULTIPART, error.message) from None
     try:
         yield form
     finally:

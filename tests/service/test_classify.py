@@ -214,18 +214,21 @@ def test_head_that_overflows(service: Live, head: bytes) -> None:
 
 def test_parts(service: Live, head: bytes) -> None:
     good = encoded(picture())
-    assert "0 parts named head" in assert_problem(post(service, None, good), 422, "invalid-input", "head")
-    assert "2 parts named head" in assert_problem(post(service, head, good, head=head), 422, "invalid-input", "head")
-    assert "allowed are 1 to 16" in assert_problem(post(service, head), 422, "invalid-input", "image")
+    assert "0 parts" in assert_problem(post(service, None, good), 422, "invalid-input", "head")
+    assert "2 parts" in assert_problem(post(service, head, good, head=head), 422, "invalid-input", "head")
+    assert "1 to 16" in assert_problem(post(service, head), 422, "invalid-input", "image")
     assert "allowed are head, image" in assert_problem(post(service, head, good, x=good), 422, "invalid-input", "x")
     text = {"head": (None, "words")}
-    assert "must be a file" in assert_problem(post(service, None, good, **text), 422, "invalid-input", "head")
+    assert "file name" in assert_problem(post(service, None, good, **text), 422, "invalid-input", "head")
 
 
 @pytest.mark.parametrize("number", [17, 40])
 def test_too_many_pictures(service: Live, head: bytes, number: int) -> None:
     response = post(service, head, *[encoded(picture())] * number)
-    assert_problem(response, 422, "invalid-input", "image" if number == 17 else "body")
+    if number == 17:
+        assert_problem(response, 422, "invalid-input", "image")
+    else:
+        assert_problem(response, 422, "malformed-multipart")
 
 
 def test_body_must_be_multipart(service: Live, head: bytes) -> None:
@@ -249,7 +252,7 @@ def test_body_must_be_multipart(service: Live, head: bytes) -> None:
 )
 def test_damaged_multipart(service: Live, kind: str, body: bytes) -> None:
     response = service.client.post("/classify", content=body, headers={"content-type": kind})
-    assert_problem(response, 422, "invalid-input", "body")
+    assert_problem(response, 422, "malformed-multipart")
 
 
 def test_upload_limit(service: Live, head: bytes) -> None:
@@ -305,13 +308,13 @@ def test_deadline(hurried: Live, head: bytes, monkeypatch: pytest.MonkeyPatch) -
         return decode(data, side, field)
 
     good = encoded(picture())
-    assert post(hurried, head, good).status_code == 200  # the backbone is loaded
+    wait_for(lambda: post(hurried, head, good).status_code == 200, "a loaded backbone")
     monkeypatch.setattr(classify, "picture_pixels", held)
     assert_problem(post(hurried, head, good, good), 504, "deadline")
     gate.set()
     monkeypatch.undo()
-    assert post(hurried, head, good).status_code == 200
-    assert calls == ["image[0]"], "pictures were decoded that nobody waited for"
+    wait_for(lambda: post(hurried, head, good).status_code == 200, "an answer in time")
+    assert "image[1]" not in calls, "pictures were decoded that nobody waited for"
 
 
 def test_body_that_does_not_arrive(hurried: Live) -> None:

@@ -18,7 +18,14 @@ def description() -> dict[str, Any]:
 
 
 def test_routes(description: dict[str, Any]) -> None:
-    assert sorted(description["paths"]) == ["/classify", "/generate", "/health/live", "/health/ready", "/info", "/metrics"]
+    assert sorted(description["paths"]) == [
+        "/classify",
+        "/generate",
+        "/health/live",
+        "/health/ready",
+        "/info",
+        "/metrics",
+    ]
 
 
 def test_documented_statuses(description: dict[str, Any]) -> None:

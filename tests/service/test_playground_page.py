@@ -126,8 +126,9 @@ def test_keyboard_alone_gets_a_head(open_page: OpenPage, service: Live) -> None:
     assert same_head(Path(download.value.path()).read_bytes(), expected.content)
 
 
-def test_list_of_classes(open_page: OpenPage) -> None:
-    page = ready(open_page())
+def test_list_of_classes(open_page: OpenPage, service: Live) -> None:
+    info = service.client.get("/info").json() | {"known_classes": ["apple", "bus", "rocket", "clock"]}
+    page = ready(open_page({"info": lambda route: route.fulfill(json=info)}))
     chips = page.locator("#chips li span")
     page.locator("#classes-input").fill(" apple, sea_lion;bus,, Apple")
     page.get_by_role("button", name="Add").click()
