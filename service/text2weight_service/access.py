@@ -23,8 +23,8 @@ _BUSY_RETRY_AFTER_S = 1
 
 
 def is_open(path: str) -> bool:
-    """Whether a path never needs a key and never counts: the page and the probes."""
-    return path == "/" or path.startswith("/health/")
+    """Whether a path never needs a key and never counts: the page, its parts and the probes."""
+    return path == "/" or path.startswith(("/health/", "/playground/"))
 
 
 class AccessControl:

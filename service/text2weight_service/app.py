@@ -9,8 +9,16 @@ from importlib.metadata import version
 import structlog
 from fastapi import FastAPI
 
-from text2weight_service import enhance_routes, fuse_routes, routes, stream_routes
+from text2weight_service import (
+    classify_routes,
+    enhance_routes,
+    fuse_routes,
+    playground_routes,
+    routes,
+    stream_routes,
+)
 from text2weight_service.access import AccessControl, AccessMiddleware
+from text2weight_service.classify import PictureClassifier
 from text2weight_service.engine import Engine
 from text2weight_service.middleware import BodyLimitMiddleware, RequestContextMiddleware, SafeHeadersMiddleware
 from text2weight_service.openapi import install_openapi
@@ -57,13 +65,24 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.engine = engine
-    for router in (routes.router, stream_routes.router, fuse_routes.router, enhance_routes.router):
+    app.state.classifier = PictureClassifier(settings.max_classes)
+    for router in (
+        routes.router,
+        stream_routes.router,
+        fuse_routes.router,
+        enhance_routes.router,
+        classify_routes.router,
+        playground_routes.router,
+    ):
         app.include_router(router)
     install_problem_handlers(app)
     install_openapi(app)
     # The last one added is the outermost.
     app.add_middleware(
-        BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
+        BodyLimitMiddleware,
+        max_body_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_upload_bytes,
+        timeout_s=settings.request_timeout_s,
     )
     app.add_middleware(AccessMiddleware, access=access)
     app.add_middleware(RequestContextMiddleware, metrics=engine.metrics)

@@ -22,6 +22,8 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 # Probes and scrapes come every few seconds; their log lines would hide the others.
 _QUIET_ROUTES = frozenset({"/health/live", "/health/ready", "/metrics"})
 _CLIENT_CLOSED = 499
+# Routes that read files, as multipart bodies.
+_UPLOAD_ROUTES = frozenset({"/classify", "/enhance", "/fuse"})
 
 
 _STRICT_POLICY = "default-src 'none'; frame-ancestors 'none'"
@@ -117,9 +119,18 @@ class RequestContextMiddleware:
 class BodyLimitMiddleware:
     """Refuses a body where it is read: too large by its declared length or as it streams in, or too slow."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_upload_bytes: int, timeout_s: float) -> None:
+        """Wrap an application.
+
+        Args:
+            app: what to wrap.
+            max_body_bytes: limit of most bodies.
+            max_upload_bytes: limit of a multipart body on the routes that take files.
+            timeout_s: from a request's start to the end of its body.
+        """
         self._app = app
-        self._limit = max_body_bytes
+        self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes = max_upload_bytes
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,14 +138,16 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        limit = self._limit_of(scope, headers.get("content-type", ""))
+        declared = headers.get("content-length", "0")
         received = 0
         complete = False
 
         async def receive_limited() -> Message:
             nonlocal received, complete
-            if declared.isdecimal() and int(declared) > self._limit:
-                raise self._too_large()
+            if declared.isdecimal() and int(declared) > limit:
+                raise _too_large(limit)
             if complete:  # what is awaited now is that the client leaves
                 return await receive()
             try:
@@ -144,8 +157,8 @@ class BodyLimitMiddleware:
                 raise self._too_slow() from None
             complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
-            if received > self._limit:
-                raise self._too_large()
+            if received > limit:
+                raise _too_large(limit)
             return message
 
         await self._app(scope, receive_limited, send)
@@ -154,8 +167,14 @@ class BodyLimitMiddleware:
         detail = f"the whole body must arrive within {self._timeout_s:g} s"
         return ProblemError(Kind.BODY_TIMEOUT, detail, headers={"Connection": "close"})
 
-    def _too_large(self) -> ProblemError:
-        return ProblemError(Kind.BODY_TOO_LARGE, f"at most {self._limit} bytes are allowed")
+    def _limit_of(self, scope: Scope, content_type: str) -> int:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        takes_files = path in _UPLOAD_ROUTES and content_type.lower().startswith("multipart/form-data")
+        return self._max_upload_bytes if takes_files else self._max_body_bytes
+
+
+def _too_large(limit: int) -> ProblemError:
+    return ProblemError(Kind.BODY_TOO_LARGE, f"at most {limit} bytes are allowed")
 
 
 def _request_id(given: str | None) -> str:

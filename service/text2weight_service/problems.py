@@ -38,6 +38,7 @@ class Kind(Enum):
     QUEUE_FULL = ("queue-full", 429, "Too many requests are waiting")
     RATE_LIMITED = ("rate-limited", 429, "Too many requests of this client")
     INTERNAL = ("internal", 500, "The service failed on this request")
+    NO_BACKBONE = ("no-backbone", 501, "The checkpoint has no image backbone")
     STARTING = ("starting", 503, "The worker is loading its model")
     DRAINING = ("draining", 503, "The worker is shutting down")
     UNAVAILABLE = ("unavailable", 503, "The worker's model cannot be used")

@@ -41,6 +41,7 @@ class Settings(BaseSettings):
         default=30.0, gt=0, description="for a client to read what waits for it; then it is cut off"
     )
     max_connections: int = Field(default=1024, ge=1, description="most open connections")
+    max_upload_bytes: int = Field(default=16_777_216, ge=1024, description="the same for a multipart body of files")
     max_classes: int = Field(default=256, ge=2, le=256, description="most class names in one request")
     max_steps: int = Field(default=1000, ge=1, le=1000, description="most denoiser steps in one request")
 

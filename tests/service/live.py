@@ -58,7 +58,7 @@ def serve(
         wait_for(lambda: server.started, "server start")
         port = server.servers[0].sockets[0].getsockname()[1]
         if wait_until_ready:
-            wait_for(lambda: engine.phase is not Phase.STARTING, "warm-up")
+            wait_for(lambda: engine.phase is not Phase.STARTING, "warm-up", 60)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
             yield Live(engine, client, port)
     finally:

@@ -19,6 +19,7 @@ def description() -> dict[str, Any]:
 
 def test_routes(description: dict[str, Any]) -> None:
     assert sorted(description["paths"]) == [
+        "/classify",
         "/enhance",
         "/fuse",
         "/generate",
@@ -42,7 +43,8 @@ def test_documented_statuses(description: dict[str, Any], path: str) -> None:
             assert response["content"] == {
                 "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
             }
-    documented = {int(status) for status in responses} | {404, 405}
+    classify = description["paths"]["/classify"]["post"]["responses"]
+    documented = {int(status) for status in responses | classify} | {404, 405}
     assert {kind.status for kind in Kind} <= documented
 
 
