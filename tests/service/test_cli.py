@@ -54,7 +54,7 @@ def test_serve_and_drain(tmp_path: Path, port: int) -> None:
                 slow = {"classes": ["thing 1", "thing 2"], "sampler": "ddpm", "steps": 100}
                 with ThreadPoolExecutor(3) as pool:
                     accepted = [pool.submit(client.post, "/generate", json=slow, timeout=60) for _ in range(3)]
-                    wait_for(lambda: _two_wait(client) or all(future.done() for future in accepted), "queue")
+                    wait_for(lambda: _all_run(client) or all(future.done() for future in accepted), "load")
                     process.send_signal(signal.SIGTERM)
                     assert [future.result().status_code for future in accepted] == [200, 200, 200]
             assert process.wait(20) == 0
@@ -67,8 +67,8 @@ def test_serve_and_drain(tmp_path: Path, port: int) -> None:
     assert "Traceback" not in text
 
 
-def _two_wait(client: httpx.Client) -> bool:
-    return "\nt2w_queue_waiting 2.0\n" in client.get("/metrics").text
+def _all_run(client: httpx.Client) -> bool:
+    return "\nt2w_running 3.0\n" in client.get("/metrics").text
 
 
 def _is_ready(client: httpx.Client) -> bool:
