@@ -44,9 +44,9 @@ class GuardedProtocol(H11Protocol):
     metrics: ClassVar[Metrics]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to watch; one connection too many ends the one that has been idle longest, or itself."""
+        """Begin to watch; one connection too many ends the one that waits longest for its client, or itself."""
         super().connection_made(transport)
-        self._idle_since = self.loop.time()
+        self._waiting_since = self.loop.time()
         self._unsent_since: float | None = None
         shortest = min(self.limits.header_timeout_s, self.limits.send_timeout_s)
         self._interval_s = min(_LONGEST_INTERVAL_S, shortest / 4)
@@ -59,9 +59,16 @@ class GuardedProtocol(H11Protocol):
         self._watching.cancel()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """Begin to wait for the body when the headers are complete."""
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            self._waiting_since = self.loop.time()
+
     def on_response_complete(self) -> None:
         """Begin to wait for the next request."""
-        self._idle_since = self.loop.time()
+        self._waiting_since = self.loop.time()
         super().on_response_complete()
 
     def resume_writing(self) -> None:
@@ -74,6 +81,11 @@ class GuardedProtocol(H11Protocol):
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether the next move is the client's: headers, or more of a body."""
+        return self.idle or (self.cycle.more_body and not self.cycle.response_started)
+
     def _watch(self) -> None:
         now = self.loop.time()
         if self.transport.get_write_buffer_size() == 0:
@@ -82,16 +94,17 @@ class GuardedProtocol(H11Protocol):
             self._unsent_since = now
         if self._unsent_since is not None and now - self._unsent_since > self.limits.send_timeout_s:
             self._cut("unread")
-        elif self.idle and self._unsent_since is None and now - self._idle_since > self.limits.header_timeout_s:
+        elif self.idle and self._unsent_since is None and now - self._waiting_since > self.limits.header_timeout_s:
             self._cut("headers")
         else:
             self._watching = self.loop.call_later(self._interval_s, self._watch)
 
     def _make_room(self) -> None:
-        others = [one for one in self.connections if isinstance(one, GuardedProtocol) and one is not self and one.idle]
-        if others:
-            # Those that never sent a request go first; a client that did may be about to send the next.
-            min(others, key=lambda one: (one.cycle is not None, one._idle_since))._cut("too-many")
+        others = [one for one in self.connections if isinstance(one, GuardedProtocol) and one is not self]
+        waiting = [one for one in others if one.waits_for_client]
+        if waiting:
+            # Whoever owes a first request or a body goes first; a client that was served may be about to ask again.
+            min(waiting, key=lambda one: (one.idle and one.cycle is not None, one._waiting_since))._cut("too-many")
             return
         problem = ProblemError(Kind.UNAVAILABLE, "this worker has too many connections; try again, or another worker")
         response = problem_response(problem, uuid.uuid4().hex)

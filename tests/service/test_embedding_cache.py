@@ -17,6 +17,7 @@ from tests.service.fakes import DIM, FakeModel, unit_vector
 from tests.service.live import Live, serve, wait_for
 from tests.service.redis_server import RedisServer, needs_redis, redis_server
 from text2weight.artifact import read_head
+from text2weight_service import redis_store
 from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, SharedEmbeddings
 from text2weight_service.metrics import Metrics
 from text2weight_service.redis_store import RedisStore
@@ -141,8 +142,9 @@ def test_redis_is_down(model: FakeModel) -> None:
             assert live.metric("t2w_redis_breaker_state", operation="read") == 2
 
 
-def test_redis_hangs(model: FakeModel) -> None:
+def test_redis_hangs(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Redis that accepts and never answers costs its timeout once, not once per request."""
+    monkeypatch.setattr(redis_store, "FIRST_PAUSE_S", 60.0)  # no probe within the test
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"redis://:secret@127.0.0.1:{silent.getsockname()[1]}/0"
         with serve(lambda _: model, redis_url=url, redis_timeout_s=0.1) as live:

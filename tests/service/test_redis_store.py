@@ -17,7 +17,7 @@ from text2weight_service.redis_store import BreakerState, RedisStore
 BUDGET_S = 0.2
 # Beyond the budget: a busy test machine may take this long to notice that a budget is over.
 GRACE_S = 0.3
-PAUSE_S = 0.05
+PAUSE_S = 0.2
 
 pytestmark = needs_redis
 
@@ -46,11 +46,14 @@ async def store(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
 class Stopwatch:
     """Fails a test whose block takes longer than the budget."""
 
+    def __init__(self, work_s: float = 0.0) -> None:
+        self._work_s = work_s
+
     def __enter__(self) -> None:
         self._started_at = time.monotonic()
 
     def __exit__(self, *_: object) -> None:
-        assert time.monotonic() - self._started_at < BUDGET_S + GRACE_S
+        assert time.monotonic() - self._started_at < BUDGET_S + GRACE_S + self._work_s
 
 
 async def recovered(store: RedisStore) -> None:
@@ -174,7 +177,7 @@ async def test_enormous_value(server: RedisServer, store: RedisStore) -> None:
 async def test_flood(store: RedisStore) -> None:
     """A thousand calls at once share few connections, and a wait for one of those is no fault of Redis."""
     assert await store.set_many({"a": b"1"}, 60)
-    with Stopwatch():
+    with Stopwatch(work_s=4):  # a thousand calls keep one processor busy for a while, whatever Redis does
         results = await asyncio.gather(*(store.get_many(["a"]) for _ in range(1000)))
     assert all(result in ({"a": b"1"}, {}) for result in results)
     assert {"a": b"1"} in results

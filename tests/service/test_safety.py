@@ -8,13 +8,17 @@ import socket
 import sys
 from collections.abc import Iterator
 
+import httpx
 import pytest
 import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve
 from tests.service.test_auth import ALICE_ENTRY, BOB
 from text2weight_service.logs import configure_logging
+from text2weight_service.middleware import SafeHeadersMiddleware
 
 FORGED = '{"event": "forged"}'
 # Line ends of every kind, terminal escapes, and what might end a JSON string.
@@ -142,3 +146,16 @@ def test_documentation_may_load_its_script(shared_live: Live) -> None:
     for source in sources:
         assert source in policy
     assert "frame-ancestors 'none'" in policy
+
+
+async def test_a_page_keeps_its_own_policy() -> None:
+    """A route may widen the policy for what it serves; the other headers stay."""
+
+    async def page(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response("hello", headers={"Content-Security-Policy": "default-src 'self'"})(scope, receive, send)
+
+    transport = httpx.ASGITransport(SafeHeadersMiddleware(page, docs_path="/docs"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        headers = (await client.get("/")).headers
+    assert headers.get_list("content-security-policy") == ["default-src 'self'"]
+    assert headers["x-content-type-options"] == "nosniff"
