@@ -7,10 +7,17 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.service.fakes import FakeModel
 from tests.service.heads import same_head
-from tests.service.live import Live
+from tests.service.live import Live, serve
 
 GOOD = {"classes": ["apple", "bus"], "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Live]:
+    with serve(lambda _: FakeModel(), request_timeout_s=0.2) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +207,25 @@ def test_declared_length_alone_is_refused(shared_live: Live) -> None:
     with socket.create_connection(("127.0.0.1", shared_live.port), timeout=5) as connection:
         connection.sendall(head)
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/generate", "application/json"),
+        ("/generate/stream", "application/json"),
+        ("/fuse", "application/json"),
+        ("/fuse", "multipart/form-data; boundary=b"),
+        ("/enhance", "multipart/form-data; boundary=b"),
+    ],
+)
+def test_body_that_does_not_come(impatient: Live, path: str, kind: str) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 90\r\n\r\n--b\r\n"
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=5) as connection:
+        connection.sendall(head.encode())
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))  # up to the end of the connection
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"urn:text2weight:problem:body-timeout" in answer
 
 
 def test_unknown_path(shared_live: Live) -> None:
