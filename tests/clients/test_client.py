@@ -17,7 +17,7 @@ import pytest
 
 import text2weight_client as t2w
 from text2weight_client import AsyncClient, Client
-from text2weight_client.protocol import parse_retry_after
+from text2weight_client.connection import parse_retry_after
 
 Call = Callable[..., Any]
 
