@@ -42,9 +42,11 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
         self, classes: Sequence[str], *, samples: int | None = None, **options: Unpack[GenerateOptions]
     ) -> GeneratedHead | GeneratedHeads:
         """Ask for a classifier head, or for several; see `Client.generate`."""
+        from text2weight_client.protocol import generate_exchange, samples_exchange
+
         if samples is None:
-            return await self._send(self._protocol.generate_exchange(classes, **options))
-        return await self._send(self._protocol.samples_exchange(classes, samples, **options))
+            return await self._send(generate_exchange(classes, **options))
+        return await self._send(samples_exchange(classes, samples, **options))
 
     async def generate_many(
         self,
@@ -54,7 +56,9 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
         **options: Unpack[GenerateOptions],
     ) -> list[GeneratedHead]:
         """Ask for one head for each class list, several at a time; see `Client.generate_many`."""
-        many = self._protocol.Many(class_lists, concurrency, **options)
+        from text2weight_client.protocol import Many
+
+        many = Many(class_lists, concurrency, **options)
         free = asyncio.Semaphore(concurrency)
         async with asyncio.TaskGroup() as group:
             for index in range(len(many.exchanges)):
@@ -65,7 +69,9 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
         self, tasks: Sequence[FuseTask | GeneratedHead | Sequence[str]], **options: Unpack[FuseOptions]
     ) -> GeneratedHead:
         """Ask for one head for the classes of several tasks together; see `Client.fuse`."""
-        return await self._send(self._protocol.fuse_exchange(tasks, **options))
+        from text2weight_client.protocol import fuse_exchange
+
+        return await self._send(fuse_exchange(tasks, **options))
 
     async def enhance(
         self,
@@ -76,7 +82,9 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
         **options: Unpack[SamplingOptions],
     ) -> GeneratedHead:
         """Ask for a better version of a head; see `Client.enhance`."""
-        return await self._send(self._protocol.enhance_exchange(head, strength, classes, **options))
+        from text2weight_client.protocol import enhance_exchange
+
+        return await self._send(enhance_exchange(head, strength, classes, **options))
 
     async def stream(
         self, classes: Sequence[str], *, heads_every: int | None = None, **options: Unpack[GenerateOptions]
@@ -84,12 +92,14 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
         """Watch a head being generated; see `Client.stream`. To stop early: `contextlib.aclosing`."""
         from contextlib import aclosing
 
+        from text2weight_client.connection import connection_errors
         from text2weight_client.events import EventReader
+        from text2weight_client.protocol import stream_exchange
         from text2weight_client.results import DoneEvent
 
-        exchange = self._protocol.stream_exchange(classes, heads_every, **options)
+        exchange = stream_exchange(classes, heads_every, **options)
         async with aclosing(await self._send(exchange, stream=True)) as response:
-            with self._connection.connection_errors():
+            with connection_errors():
                 reader = EventReader(response)
                 async for message in reader.source.aiter_sse():
                     event = reader.read(message)
@@ -101,21 +111,30 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
 
     async def classify(self, head: GeneratedHead, images: Iterable[Image]) -> list[ClassifiedImage]:
         """Let the service classify images by its own backbone and a head; see `Client.classify`."""
-        return await self._send(await asyncio.to_thread(self._protocol.classify_exchange, head, images))
+        from text2weight_client.protocol import classify_exchange
+
+        return await self._send(await asyncio.to_thread(classify_exchange, head, images))
 
     async def info(self) -> ServiceInfo:
         """The service's model, limits and settings, as GET /info gives them."""
-        info = await self._send(self._protocol.info_exchange())
+        from text2weight_client.protocol import info_exchange
+
+        info = await self._send(info_exchange())
         self._deadline.learn(info.raw)
         return info
 
     async def wait_until_ready(self, timeout_s: float = DEFAULT_READY_TIMEOUT_S) -> None:
         """Return as soon as the service takes requests; see `Client.wait_until_ready`."""
-        await self._repeat(self._protocol.ready_exchange(), self._retries.ready_policy(timeout_s))
+        from text2weight_client.protocol import ready_exchange
+        from text2weight_client.retries import ready_policy
+
+        await self._repeat(ready_exchange(), ready_policy(timeout_s))
 
     async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         """Send any request and get the answer as it is; see `Client.request`."""
-        return await self._send(self._protocol.raw_exchange(method, path, body))
+        from text2weight_client.protocol import raw_exchange
+
+        return await self._send(raw_exchange(method, path, body))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -161,10 +180,12 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
         return result
 
     async def _attempt(self, exchange: Exchange[T], stream: bool) -> T:
+        from text2weight_client.connection import connection_errors, log_answer
+
         started = time.perf_counter()
-        with self._connection.connection_errors():
+        with connection_errors():
             response = await self._http.send(exchange.request(self._http), stream=stream)
-            self._connection.log_answer(response, started)
+            log_answer(response, started)
             if stream and not response.is_success:
                 await response.aread()
         return exchange.result(response)

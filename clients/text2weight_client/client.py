@@ -63,11 +63,8 @@ class BaseClient(ABC, Generic[HttpT, TransportT]):
         Raises:
             ValueError: a setting is not allowed.
         """
-        from text2weight_client import connection, protocol, retries
+        from text2weight_client import connection, retries
 
-        self._connection = connection
-        self._protocol = protocol
-        self._retries = retries
         options = connection.http_options(base_url, api_key, timeout_s, max_retries)
         self._http = self._open_http(options, transport)
         self._deadline = connection.Deadline(timeout_s)
@@ -113,9 +110,11 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
             APITimeoutError: no answer within `timeout_s`.
             InvalidResponseError: the answer is not a head.
         """
+        from text2weight_client.protocol import generate_exchange, samples_exchange
+
         if samples is None:
-            return self._send(self._protocol.generate_exchange(classes, **options))
-        return self._send(self._protocol.samples_exchange(classes, samples, **options))
+            return self._send(generate_exchange(classes, **options))
+        return self._send(samples_exchange(classes, samples, **options))
 
     def generate_many(
         self,
@@ -139,7 +138,9 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
                 failure was the service's rather than the request's (no connection, 401, 429, 503): then
                 no further ones were sent.
         """
-        many = self._protocol.Many(class_lists, concurrency, **options)
+        from text2weight_client.protocol import Many
+
+        many = Many(class_lists, concurrency, **options)
         with ThreadPoolExecutor(concurrency, thread_name_prefix="text2weight") as pool:
             list(pool.map(self._send_one_of, [many] * len(many.exchanges), range(len(many.exchanges))))
         return many.result()
@@ -157,7 +158,9 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
             ValueError: some tasks have a head and some have none.
             Text2WeightClientError: as for `generate`.
         """
-        return self._send(self._protocol.fuse_exchange(tasks, **options))
+        from text2weight_client.protocol import fuse_exchange
+
+        return self._send(fuse_exchange(tasks, **options))
 
     def enhance(
         self,
@@ -178,7 +181,9 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
         Raises:
             Text2WeightClientError: as for `generate`.
         """
-        return self._send(self._protocol.enhance_exchange(head, strength, classes, **options))
+        from text2weight_client.protocol import enhance_exchange
+
+        return self._send(enhance_exchange(head, strength, classes, **options))
 
     def stream(
         self, classes: Sequence[str], *, heads_every: int | None = None, **options: Unpack[GenerateOptions]
@@ -198,11 +203,13 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
         """
         from contextlib import closing
 
+        from text2weight_client.connection import connection_errors
         from text2weight_client.events import EventReader
+        from text2weight_client.protocol import stream_exchange
         from text2weight_client.results import DoneEvent
 
-        exchange = self._protocol.stream_exchange(classes, heads_every, **options)
-        with closing(self._send(exchange, stream=True)) as response, self._connection.connection_errors():
+        exchange = stream_exchange(classes, heads_every, **options)
+        with closing(self._send(exchange, stream=True)) as response, connection_errors():
             reader = EventReader(response)
             for message in reader.source.iter_sse():
                 event = reader.read(message)
@@ -224,11 +231,15 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
             OSError: a file cannot be read.
             Text2WeightClientError: as for `generate`.
         """
-        return self._send(self._protocol.classify_exchange(head, images))
+        from text2weight_client.protocol import classify_exchange
+
+        return self._send(classify_exchange(head, images))
 
     def info(self) -> ServiceInfo:
         """The service's model, limits and settings, as GET /info gives them."""
-        info = self._send(self._protocol.info_exchange())
+        from text2weight_client.protocol import info_exchange
+
+        info = self._send(info_exchange())
         self._deadline.learn(info.raw)
         return info
 
@@ -239,7 +250,10 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
             APITimeoutError: it does not within `timeout_s` seconds.
             APIError: what listens there answers neither "ready" nor "not yet".
         """
-        self._repeat(self._protocol.ready_exchange(), self._retries.ready_policy(timeout_s))
+        from text2weight_client.protocol import ready_exchange
+        from text2weight_client.retries import ready_policy
+
+        self._repeat(ready_exchange(), ready_policy(timeout_s))
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         """Send any request and get the answer as it is; retries and errors are those of the other calls.
@@ -252,7 +266,9 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
         Raises:
             Text2WeightClientError: as for `generate`; also for every status that is no success.
         """
-        return self._send(self._protocol.raw_exchange(method, path, body))
+        from text2weight_client.protocol import raw_exchange
+
+        return self._send(raw_exchange(method, path, body))
 
     def close(self) -> None:
         """Close the connections."""
@@ -297,10 +313,12 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
         return result
 
     def _attempt(self, exchange: Exchange[T], stream: bool) -> T:
+        from text2weight_client.connection import connection_errors, log_answer
+
         started = time.perf_counter()
-        with self._connection.connection_errors():
+        with connection_errors():
             response = self._http.send(exchange.request(self._http), stream=stream)
-            self._connection.log_answer(response, started)
+            log_answer(response, started)
             if stream and not response.is_success:
                 response.read()
         return exchange.result(response)

@@ -70,8 +70,15 @@ class GeneratedHeads(Sequence[GeneratedHead]):
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each head."""
-        return tuple(int(head.metadata["seed"]) for head in self.heads)
+        """The seed of each head.
+
+        Raises:
+            InvalidHeadError: a head states none, because it was not drawn from noise.
+        """
+        try:
+            return tuple(int(head.metadata["seed"]) for head in self.heads)
+        except (KeyError, ValueError) as error:
+            raise InvalidHeadError(f"metadata 'seed' is missing or not a number: {error}") from error
 
     def predict(self, features: ArrayLike) -> NDArray[np.float32]:
         """Probability of every class for every image by every head; `.mean(0)` is the ensemble's.

@@ -92,7 +92,7 @@ class ServiceInfo:
 
     @property
     def phase(self) -> str:
-        """ "ready" or "draining"."""
+        """What the worker is doing: "ready" or "draining"."""
         return str(self._value("phase"))
 
     @property

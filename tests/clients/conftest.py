@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save
+
+from tests.clients.scripted import Call
+from text2weight_client import AsyncClient, Client
 
 MakeHead = Callable[..., bytes]
 
@@ -133,3 +140,48 @@ def local_service() -> Iterator[LocalService]:
 @pytest.fixture
 def reply() -> type[Reply]:
     return Reply
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the clients would have slept; nothing sleeps."""
+    asked: list[float] = []
+
+    async def note(seconds: float) -> None:
+        asked.append(seconds)
+
+    monkeypatch.setattr(time, "sleep", asked.append)
+    monkeypatch.setattr(asyncio, "sleep", note)
+    return asked
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request: pytest.FixtureRequest) -> Call:
+    """Make one call with a new client of either kind: call(url_or_handler, "generate", [...], seed=1)."""
+
+    def prepared(target: Any, client_options: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+        options = dict(client_options or {})
+        if callable(target):
+            return "http://service", options | {"transport": httpx.MockTransport(target)}
+        return target, options
+
+    def sync_call(
+        target: Any, method: str, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        url, options = prepared(target, client_options)
+        with Client(url, **options) as client:
+            result = getattr(client, method)(*args, **kwargs)
+            return list(result) if inspect.isgenerator(result) else result
+
+    def async_call(
+        target: Any, method: str, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        async def run() -> Any:
+            url, options = prepared(target, client_options)
+            async with AsyncClient(url, **options) as client:
+                result = getattr(client, method)(*args, **kwargs)
+                return [event async for event in result] if inspect.isasyncgen(result) else await result
+
+        return asyncio.run(run())
+
+    return sync_call if request.param == "sync" else async_call
