@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
@@ -187,7 +187,7 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
 
     def stream(
         self, classes: Sequence[str], *, heads_every: int | None = None, **options: Unpack[GenerateOptions]
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """Watch a head being generated. To stop early, close the iterator (`contextlib.closing`).
 
         Args:

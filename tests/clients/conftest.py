@@ -107,7 +107,8 @@ def local_service() -> Iterator[LocalService]:
                     "path": self.path,
                     "method": self.command,
                     "headers": dict(self.headers),
-                    "json": json.loads(raw) if raw else None,
+                    "json": json.loads(raw) if self.headers.get("Content-Type") == "application/json" else None,
+                    "raw": raw,
                 }
             )
             reply = service.next_reply()
@@ -166,20 +167,20 @@ def call(request: pytest.FixtureRequest) -> Call:
         return target, options
 
     def sync_call(
-        target: Any, method: str, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
+        target: Any, name: str, /, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         url, options = prepared(target, client_options)
         with Client(url, **options) as client:
-            result = getattr(client, method)(*args, **kwargs)
+            result = getattr(client, name)(*args, **kwargs)
             return list(result) if inspect.isgenerator(result) else result
 
     def async_call(
-        target: Any, method: str, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
+        target: Any, name: str, /, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         async def run() -> Any:
             url, options = prepared(target, client_options)
             async with AsyncClient(url, **options) as client:
-                result = getattr(client, method)(*args, **kwargs)
+                result = getattr(client, name)(*args, **kwargs)
                 return [event async for event in result] if inspect.isasyncgen(result) else await result
 
         return asyncio.run(run())
