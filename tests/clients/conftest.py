@@ -186,3 +186,13 @@ def call(request: pytest.FixtureRequest) -> Call:
         return asyncio.run(run())
 
     return sync_call if request.param == "sync" else async_call
+
+
+@pytest.fixture(scope="session")
+def live_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a real service with the bundled model listens; one process for all tests that want it."""
+    from demo.service_process import running_service
+
+    with running_service(None, tmp_path_factory.mktemp("service") / "log") as service, Client(service.url) as client:
+        service.wait_until_ready(client)
+        yield service.url
