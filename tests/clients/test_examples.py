@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import os
 import runpy
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from text2weight.checkpoint import bundled_checkpoint
 from text2weight_client import Client, GeneratedHead
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+Run = Callable[..., str]
 CLASSES = ("apple", "pickup truck", "lizard")
 
 pytestmark = pytest.mark.timeout(300)
@@ -37,11 +37,18 @@ def features() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(7, 512)).astype(np.float32)
 
 
-def run(name: str, *arguments: str | Path, **environment: str) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], live_url: str) -> Run:
+    """Run an example as `python examples/NAME ...` does, but in this process, where torch is imported already."""
+
+    def run(name: str, *arguments: str | Path) -> str:
+        monkeypatch.setenv("T2W_URL", live_url)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_every_example_explains_itself_and_is_tested_here() -> None:
@@ -53,7 +60,7 @@ def test_every_example_explains_itself_and_is_tested_here() -> None:
         assert ast.get_docstring(ast.parse((EXAMPLES / name).read_text())), name
 
 
-def test_classify_a_folder(live_url: str, tmp_path: Path) -> None:
+def test_classify_a_folder(run: Run, live_url: str, tmp_path: Path) -> None:
     from skimage import data
 
     (tmp_path / "more").mkdir()
@@ -61,7 +68,7 @@ def test_classify_a_folder(live_url: str, tmp_path: Path) -> None:
     Image.fromarray(data.rocket()).save(tmp_path / "more" / "rocket.jpg")
     (tmp_path / "notes.txt").write_text("no picture")
     names = ("cup", "clock", "motorcycle", "rocket")
-    output = run("classify_folder.py", tmp_path, *names, T2W_URL=live_url)
+    output = run("classify_folder.py", tmp_path, *names)
 
     with Client(live_url) as client:
         head = client.generate(names, seed=0)
@@ -71,7 +78,7 @@ def test_classify_a_folder(live_url: str, tmp_path: Path) -> None:
     assert output.splitlines() == [f"{name}\t{names[row.argmax()]}\t{row.max():.2f}" for name, row in rows]
 
 
-def test_numpy_head(head: GeneratedHead, features: np.ndarray, tmp_path: Path) -> None:
+def test_numpy_head(run: Run, head: GeneratedHead, features: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "head.safetensors"
     head.save(path)
     np.save(tmp_path / "features.npy", features)
@@ -84,7 +91,9 @@ def test_numpy_head(head: GeneratedHead, features: np.ndarray, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_export_to_onnx(head: GeneratedHead, features: np.ndarray, make_head: Any, tmp_path: Path, plain: bool) -> None:
+def test_export_to_onnx(
+    run: Run, head: GeneratedHead, features: np.ndarray, make_head: Any, tmp_path: Path, plain: bool
+) -> None:
     """With biases and GELU as the service generates them, and without either."""
     exported = GeneratedHead.from_bytes(make_head(CLASSES, bias=False, activation="none")) if plain else head
     exported.save(tmp_path / "head.safetensors")
