@@ -99,5 +99,5 @@ def say_written(path: Path, result: GeneratedHead | GeneratedHeads) -> None:
     seeds = [head.metadata["seed"] for head in heads if "seed" in head.metadata]
     facts += [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"] if seeds else []
     typer.echo(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB): {', '.join(facts)}")
-    if "warnings" in metadata:
-        typer.echo(f"warning: {metadata['warnings']}", err=True)
+    for warning in heads[0].warnings:
+        typer.echo(f"warning: {warning}", err=True)

@@ -14,8 +14,8 @@ class FuseTask:
     """Classes of one task.
 
     Attributes:
-        classes: two or more names.
-        weight: share in the fused condition or weights, above 0; equal for all tasks if None.
+        classes: one name or more.
+        weight: share in the pooled condition beside the other tasks', above 0; 1 if None. Of method "text" only.
         head: trained or generated for these classes; every method but "text" merges such heads.
     """
 

@@ -90,6 +90,16 @@ class GeneratedHead:
         return int(self.tensors["linear1.weight"].shape[1])
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the service warns about, such as a class name that its text encoder was not trained on."""
+        text = self.metadata.get("warnings", "[]")
+        try:
+            warnings = json.loads(text)
+        except ValueError:
+            warnings = None
+        return tuple(map(str, warnings)) if isinstance(warnings, list) else (text,)
+
+    @property
     def num_parameters(self) -> int:
         """Numbers in the head itself, without the class embeddings."""
         return sum(tensor.size for tensor in self.tensors.values())
@@ -162,7 +172,8 @@ class GeneratedHead:
 
     def to_bytes(self) -> bytes:
         """The head as a safetensors file in its precision; equal heads give equal bytes."""
-        return write_tensors({**self.tensors, CLASS_EMBEDDINGS: self.class_embeddings}, self.metadata, self.precision)
+        tensors = {**self.tensors, CLASS_EMBEDDINGS: self.class_embeddings}
+        return write_tensors(tensors, self.metadata, self.precision)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears whole or not at all.

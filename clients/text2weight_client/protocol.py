@@ -128,6 +128,8 @@ def fuse_exchange(
     if heads and len(heads) != len(taken):
         raise ValueError(f"{len(heads)} of {len(taken)} tasks have a head: give every task one, or none")
     body = {"tasks": [task.to_json() for task in taken], **_sent(options, FuseOptions)}
+    if body.get("method", "text") != "text" and options.get("seed") is None:
+        del body["seed"]  # merging draws nothing, and the service refuses a seed there
     files = tuple(_head_part(head, f"head-{number}.safetensors") for number, head in enumerate(heads))
     return Exchange("POST", "/fuse", _read_head, body, files, takes_deadline=True)
 

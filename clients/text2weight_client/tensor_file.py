@@ -47,9 +47,11 @@ def read_tensors(data: bytes) -> tuple[dict[str, NDArray[np.float32]], dict[str,
 
 
 def write_tensors(tensors: Mapping[str, NDArray[np.float32]], metadata: dict[str, str], precision: str) -> bytes:
-    """Write a safetensors file; equal input gives equal bytes."""
+    """Write a safetensors file; equal input gives equal bytes. The metadata states a precision other than fp32."""
     from safetensors.numpy import save
 
+    metadata = {key: value for key, value in metadata.items() if key != "precision"}
+    metadata |= {} if precision == "fp32" else {"precision": precision}
     data = save({name: _encode(precision, tensor) for name, tensor in tensors.items()}, metadata=metadata)
     header = _header(data)
     header["__metadata__"] = dict(sorted(metadata.items()))  # the library writes them in random order

@@ -79,13 +79,25 @@ def test_fuse_of_class_lists_is_json(call: Call, make_head: Any) -> None:
 def test_fuse_of_heads_is_multipart_in_task_order(call: Call, make_head: Any) -> None:
     script = Script(httpx.Response(200, content=make_head()))
     first, second = (GeneratedHead.from_bytes(make_head(classes)) for classes in (("a", "b"), ("c", "d")))
-    call(script, "fuse", [first, FuseTask(second.classes, 3.0, second)], method="ties", seed=1)
+    call(script, "fuse", [first, FuseTask(second.classes, 3.0, second)], method="ties")
     request, *heads = parts(script.requests[0])
     assert described(request) == ("request", None, "application/json")
     tasks = [{"classes": ["a", "b"]}, {"classes": ["c", "d"], "weight": 3.0}]
-    assert json.loads(content(request)) == {"tasks": tasks, "method": "ties", "seed": 1}
+    assert json.loads(content(request)) == {"tasks": tasks, "method": "ties"}
     assert [described(part)[0] for part in heads] == ["head", "head"]
     assert [GeneratedHead.from_bytes(content(part)).classes for part in heads] == [("a", "b"), ("c", "d")]
+
+
+def test_fuse_draws_a_seed_only_where_something_is_drawn(call: Call, make_head: Any) -> None:
+    head = GeneratedHead.from_bytes(make_head())
+    for options, has_seed in (({}, True), ({"method": "text"}, True), ({"method": "ties"}, False)):
+        script = Script(httpx.Response(200, content=make_head()))
+        call(script, "fuse", [head, head], **options)
+        assert ("seed" in json.loads(content(parts(script.requests[0])[0]))) is has_seed
+    script = Script(problem(422))
+    with pytest.raises(t2w.InvalidRequestError):
+        call(script, "fuse", [head, head], method="ties", seed=1)
+    assert json.loads(content(parts(script.requests[0])[0]))["seed"] == 1
 
 
 def test_fuse_of_heads_for_some_tasks_only_is_refused(call: Call, make_head: Any) -> None:
@@ -149,7 +161,7 @@ def test_classify_with_an_odd_answer(call: Call, make_head: Any, answer: Any) ->
 
 
 def test_classify_without_backbone(call: Call, make_head: Any) -> None:
-    unsupported = problem(501, type="urn:text2weight:problem:not-supported", title="No backbone")
+    unsupported = problem(501, type="urn:text2weight:problem:no-backbone", title="No backbone")
     with pytest.raises(t2w.NotSupportedError, match="501 No backbone"):
         call(Script(unsupported), "classify", GeneratedHead.from_bytes(make_head()), [b"?"])
 

@@ -65,9 +65,10 @@ def test_generate_of_several_heads(local_service: Any, reply: Any, make_head: An
 
 
 def test_generate_shows_the_services_warnings(local_service: Any, reply: Any, make_head: Any, tmp_path: Path) -> None:
-    local_service.play(reply(body=make_head(metadata={"warnings": "'qwerty' is no class it was trained on"})))
+    warnings = ["class 'qwerty' is not among the 100 names", "template too"]
+    local_service.play(reply(body=make_head(metadata={"warnings": json.dumps(warnings)})))
     result = run("generate", "qwerty", "bus", "-o", tmp_path / "h")
-    assert result.stderr == "warning: 'qwerty' is no class it was trained on\n"
+    assert result.stderr == "warning: class 'qwerty' is not among the 100 names\nwarning: template too\n"
 
 
 def events(make_head: Any) -> bytes:

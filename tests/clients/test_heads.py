@@ -32,7 +32,8 @@ def metadata_of(data: bytes) -> dict[str, str]:
 def in_precision(data: bytes, precision: str) -> bytes:
     """The same head as torch, and so the service, would write it in another type."""
     tensors = {name: torch.from_numpy(tensor.copy()).to(DTYPES[precision]) for name, tensor in load(data).items()}
-    return save_torch(tensors, metadata=metadata_of(data))
+    metadata = metadata_of(data) | ({} if precision == "fp32" else {"precision": precision})
+    return save_torch(tensors, metadata=metadata)
 
 
 def stacked(make_head: Any, seeds: tuple[int, ...], changes: dict[str, str | None] | None = None) -> bytes:
@@ -70,6 +71,8 @@ def test_head_is_saved_in_the_precision_it_came_in(make_head: Any, tmp_path: Pat
     for name, tensor in head.tensors.items():
         np.testing.assert_array_equal(again.tensors[name], tensor)
     assert path.read_bytes() == again.to_bytes()
+    assert again.metadata.get("precision", "fp32") == precision
+    assert "precision" not in GeneratedHead.from_bytes(dataclasses.replace(again, precision="fp32").to_bytes()).metadata
 
 
 def test_numbers_are_rounded_to_bf16_as_torch_rounds_them() -> None:
@@ -176,6 +179,14 @@ def test_names_of_the_file_are_in_the_error(tmp_path: Path) -> None:
     path.write_text("not a head")
     with pytest.raises(InvalidHeadError, match=r"notes\.txt: not a readable safetensors file"):
         GeneratedHeads.load(path)
+
+
+def test_warnings_are_a_list(make_head: Any) -> None:
+    assert GeneratedHead.from_bytes(make_head()).warnings == ()
+    head = GeneratedHead.from_bytes(make_head(metadata={"warnings": '["class \'x\' is unknown", "é"]'}))
+    assert head.warnings == ("class 'x' is unknown", "é")
+    for text in ("not JSON", '{"a": 1}'):
+        assert GeneratedHead.from_bytes(make_head(metadata={"warnings": text})).warnings == (text,)
 
 
 def test_repr_is_short(make_head: Any) -> None:
