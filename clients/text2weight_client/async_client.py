@@ -60,9 +60,12 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
 
         many = Many(class_lists, concurrency, **options)
         free = asyncio.Semaphore(concurrency)
-        async with asyncio.TaskGroup() as group:
-            for index in range(len(many.exchanges)):
-                group.create_task(self._send_one_of(many, index, free))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(many.exchanges)):
+                    group.create_task(self._send_one_of(many, index, free))
+        except ExceptionGroup as errors:  # a fault in the arguments; the service's errors are in `many`
+            raise errors.exceptions[0] from errors
         return many.result()
 
     async def fuse(

@@ -113,6 +113,12 @@ def test_impossible_concurrency_is_refused(make_head: Any, kind: str, concurrenc
         generate_many(kind, Worker(make_head), [["a", "b"]], concurrency=concurrency)
 
 
+@each_kind
+def test_fault_in_the_arguments_is_raised_as_it_is(make_head: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        generate_many(kind, Worker(make_head), [["a", "b"], ["c", "d"]], guidance_scale=float("nan"))
+
+
 def test_head_in_sync_and_async_is_the_same(make_head: Any) -> None:
     lists = [["a", "b"], ["c", "d"]]
     both = [generate_many(kind, Worker(make_head), lists, seed=4) for kind in ("sync", "async")]
