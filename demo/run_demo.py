@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace, console: Console) -> None:
         service.wait_until_ready(client)
         console.print(f"ready after {time.perf_counter() - started:.1f} s\n")
         results = [_classify(client, task, options.out) for task in _tasks(options.classes, pictures, features)]
-        info = client.info()
+        info = client.info().raw
     console.print(terminal_table(results))
     right, judged = score(results)
     console.print(f"{right} of {judged} predictions are right (✓ right, ✗ wrong, · nobody has said what is true)")

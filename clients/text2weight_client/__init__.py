@@ -21,12 +21,15 @@ from text2weight_client.errors import (
     APITimeoutError,
     AuthenticationError,
     DeadlineExceededError,
+    GenerateManyError,
     InvalidFeaturesError,
     InvalidHeadError,
     InvalidRequestError,
     InvalidResponseError,
     NotReadyError,
+    NotSupportedError,
     PayloadTooLargeError,
+    QueueFullError,
     RateLimitedError,
     ServerError,
     Text2WeightClientError,
@@ -34,8 +37,21 @@ from text2weight_client.errors import (
 )
 
 if TYPE_CHECKING:
-    from text2weight_client.client import AsyncClient, Client
+    from text2weight_client.async_client import AsyncClient
+    from text2weight_client.client import Client
+    from text2weight_client.fuse_task import FuseTask
     from text2weight_client.head import GeneratedHead
+    from text2weight_client.heads import GeneratedHeads
+    from text2weight_client.info import ServiceInfo
+    from text2weight_client.options import FuseOptions, GenerateOptions, SamplingOptions
+    from text2weight_client.results import (
+        ClassifiedImage,
+        ClassProbability,
+        DoneEvent,
+        HeadEvent,
+        ProgressEvent,
+        ResponseInfo,
+    )
 
 __all__ = [
     "APIConnectionError",
@@ -43,26 +59,57 @@ __all__ = [
     "APITimeoutError",
     "AsyncClient",
     "AuthenticationError",
+    "ClassProbability",
+    "ClassifiedImage",
     "Client",
     "DeadlineExceededError",
+    "DoneEvent",
+    "FuseOptions",
+    "FuseTask",
+    "GenerateManyError",
+    "GenerateOptions",
     "GeneratedHead",
+    "GeneratedHeads",
+    "HeadEvent",
     "InvalidFeaturesError",
     "InvalidHeadError",
     "InvalidRequestError",
     "InvalidResponseError",
     "NotReadyError",
+    "NotSupportedError",
     "PayloadTooLargeError",
+    "ProgressEvent",
+    "QueueFullError",
     "RateLimitedError",
+    "ResponseInfo",
+    "SamplingOptions",
     "ServerError",
+    "ServiceInfo",
     "Text2WeightClientError",
     "UnsupportedMediaTypeError",
 ]
 
-_LAZY = {"AsyncClient": "client", "Client": "client", "GeneratedHead": "head"}
+_LAZY = {
+    "AsyncClient": "async_client",
+    "ClassProbability": "results",
+    "ClassifiedImage": "results",
+    "Client": "client",
+    "DoneEvent": "results",
+    "FuseOptions": "options",
+    "FuseTask": "fuse_task",
+    "GenerateOptions": "options",
+    "GeneratedHead": "head",
+    "GeneratedHeads": "heads",
+    "HeadEvent": "results",
+    "ProgressEvent": "results",
+    "ResponseInfo": "results",
+    "SamplingOptions": "options",
+    "ServiceInfo": "info",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import `Client`, `AsyncClient` and `GeneratedHead` when they are first asked for (PEP 562)."""
+    """Import a public name that needs numpy or httpx when it is first asked for (PEP 562)."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,41 +1,45 @@
-"""`Client` and `AsyncClient`: the same calls over a blocking and over an asynchronous connection.
+"""`Client`: every call over a blocking connection, and the settings it shares with `AsyncClient`.
 
 httpx, tenacity and numpy are imported when a client is made, not when this module is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
+
+from text2weight_client.errors import InvalidRequestError, Text2WeightClientError
 
 if TYPE_CHECKING:
     import httpx
 
+    from text2weight_client.connection import HttpOptions
+    from text2weight_client.fuse_task import FuseTask
     from text2weight_client.head import GeneratedHead
-    from text2weight_client.protocol import Exchange, RetryPolicy
+    from text2weight_client.heads import GeneratedHeads
+    from text2weight_client.info import ServiceInfo
+    from text2weight_client.options import FuseOptions, GenerateOptions, SamplingOptions
+    from text2weight_client.protocol import Exchange, Image, Many
+    from text2weight_client.results import ClassifiedImage, StreamEvent
+    from text2weight_client.retries import RetryPolicy
 
 T = TypeVar("T")
+HttpT = TypeVar("HttpT", bound="httpx.Client | httpx.AsyncClient")
+TransportT = TypeVar("TransportT", bound="httpx.BaseTransport | httpx.AsyncBaseTransport")
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_MAX_RETRIES = 3
 DEFAULT_READY_TIMEOUT_S = 120.0
+DEFAULT_CONCURRENCY = 8
 
 
-class Client:
-    """Blocking client of a text2weight service; safe to share between threads.
-
-    Args:
-        base_url: where the service listens; may hold a path prefix.
-        api_key: sent as a Bearer token, if the service wants one.
-        timeout_s: seconds to wait for a connection, and for each read of an answer.
-        max_retries: further attempts after a failed connection or status 429, 502, 503 or 504.
-        transport: an httpx transport in place of the network (tests, Unix sockets).
-
-    Raises:
-        ValueError: a setting is not allowed.
-    """
+class BaseClient(ABC, Generic[HttpT, TransportT]):
+    """What both clients are made of: settings and a pool of connections."""
 
     def __init__(
         self,
@@ -44,32 +48,60 @@ class Client:
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         max_retries: int = DEFAULT_MAX_RETRIES,
-        transport: httpx.BaseTransport | None = None,
+        transport: TransportT | None = None,
     ) -> None:
-        import httpx
+        """Check the settings and open the pool of connections.
 
-        from text2weight_client import protocol
+        Args:
+            base_url: where the service listens; may hold a path prefix.
+            api_key: sent as a Bearer token, if the service wants one; never logged or shown.
+            timeout_s: seconds to wait for a connection, and for each read of an answer. Sent along as
+                `deadline_ms` where it is shorter than the service's own request timeout.
+            max_retries: further attempts after a failed connection or status 429, 502, 503 or 504.
+            transport: an httpx transport in place of the network (tests, Unix sockets).
 
-        self._protocol = protocol
-        self._request_policy = protocol.request_policy(max_retries)
-        options = protocol.http_options(base_url, api_key, timeout_s, max_retries)
-        self._http = httpx.Client(**options, transport=transport)
+        Raises:
+            ValueError: a setting is not allowed.
+        """
+        from text2weight_client import connection, retries
 
+        options = connection.http_options(base_url, api_key, timeout_s, max_retries)
+        self._http = self._open_http(options, transport)
+        self._deadline = connection.Deadline(timeout_s)
+        self._policy = retries.request_policy(max_retries)
+        self._shown = f"{base_url!r}, api_key={'None' if api_key is None else '***'}, timeout_s={timeout_s:g}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._shown})"
+
+    @abstractmethod
+    def _open_http(self, options: HttpOptions, transport: TransportT | None) -> HttpT:
+        """The pool of connections."""
+
+
+class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
+    """Blocking client of a text2weight service; safe to share between threads."""
+
+    @overload
     def generate(
-        self,
-        classes: Sequence[str],
-        *,
-        seed: int | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-    ) -> GeneratedHead:
+        self, classes: Sequence[str], *, samples: None = None, **options: Unpack[GenerateOptions]
+    ) -> GeneratedHead: ...
+    @overload
+    def generate(
+        self, classes: Sequence[str], *, samples: int, **options: Unpack[GenerateOptions]
+    ) -> GeneratedHeads: ...
+    def generate(
+        self, classes: Sequence[str], *, samples: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> GeneratedHead | GeneratedHeads:
         """Ask for a classifier head for a list of class names.
 
         Args:
             classes: two or more different names; row i of the result is class i.
-            seed: the same seed, classes, steps and sampler give the same head; drawn at random if None.
-            steps: denoiser calls; the service's default if None.
-            sampler: one of the names that `info()` lists; the service's default if None.
+            samples: ask for so many heads, of seeds `seed`, `seed` + 1, ...; None for a single head.
+            options: see `GenerateOptions`.
+
+        Returns:
+            One head; where `samples` is given, even as 1, the sequence `GeneratedHeads`.
 
         Raises:
             InvalidRequestError: a value is not allowed; the message says which.
@@ -78,11 +110,138 @@ class Client:
             APITimeoutError: no answer within `timeout_s`.
             InvalidResponseError: the answer is not a head.
         """
-        return self._send(self._protocol.generate_exchange(classes, seed, steps, sampler), self._request_policy)
+        from text2weight_client.protocol import generate_exchange, samples_exchange
 
-    def info(self) -> dict[str, Any]:
+        if samples is None:
+            return self._send(generate_exchange(classes, **options))
+        return self._send(samples_exchange(classes, samples, **options))
+
+    def generate_many(
+        self,
+        class_lists: Iterable[Sequence[str]],
+        *,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        **options: Unpack[GenerateOptions],
+    ) -> list[GeneratedHead]:
+        """Ask for one head for each class list, several at a time.
+
+        Args:
+            class_lists: as `generate` takes them.
+            concurrency: most requests on their way at once, 1 to 100.
+            options: for all of them; without a seed each draws its own.
+
+        Returns:
+            The heads in the order of `class_lists`.
+
+        Raises:
+            GenerateManyError: requests failed. The others were finished and are in its `heads`, unless the
+                failure was the service's rather than the request's (no connection, 401, 429, 503): then
+                no further ones were sent.
+        """
+        from text2weight_client.protocol import Many
+
+        many = Many(class_lists, concurrency, **options)
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="text2weight") as pool:
+            list(pool.map(self._send_one_of, [many] * len(many.exchanges), range(len(many.exchanges))))
+        return many.result()
+
+    def fuse(
+        self, tasks: Sequence[FuseTask | GeneratedHead | Sequence[str]], **options: Unpack[FuseOptions]
+    ) -> GeneratedHead:
+        """Ask for one head for the classes of several tasks together.
+
+        Args:
+            tasks: 2 to 16; class lists, heads to be merged, or `FuseTask` for weights.
+            options: see `FuseOptions`; its `method` says whether to generate or how to merge.
+
+        Raises:
+            ValueError: some tasks have a head and some have none.
+            Text2WeightClientError: as for `generate`.
+        """
+        from text2weight_client.protocol import fuse_exchange
+
+        return self._send(fuse_exchange(tasks, **options))
+
+    def enhance(
+        self,
+        head: GeneratedHead,
+        strength: float,
+        *,
+        classes: Sequence[str] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> GeneratedHead:
+        """Ask for a better version of a head: some noise is put on it and taken away under the text.
+
+        Args:
+            head: what to start from.
+            strength: 0 gives the head back, 1 is a new generation.
+            classes: the text; the head's own classes if None.
+            options: see `SamplingOptions`.
+
+        Raises:
+            Text2WeightClientError: as for `generate`.
+        """
+        from text2weight_client.protocol import enhance_exchange
+
+        return self._send(enhance_exchange(head, strength, classes, **options))
+
+    def stream(
+        self, classes: Sequence[str], *, heads_every: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generator[StreamEvent, None, None]:
+        """Watch a head being generated. To stop early, close the iterator (`contextlib.closing`).
+
+        Args:
+            classes: as for `generate`.
+            heads_every: also send the estimated head after every so many denoiser calls; none if None or 0.
+            options: see `GenerateOptions`.
+
+        Yields:
+            A `ProgressEvent` for each denoiser call, `HeadEvent` where asked for, and one `DoneEvent` at last.
+
+        Raises:
+            Text2WeightClientError: as for `generate`. A stream that has begun is not asked for again.
+        """
+        from contextlib import closing
+
+        from text2weight_client.connection import connection_errors
+        from text2weight_client.events import EventReader
+        from text2weight_client.protocol import stream_exchange
+        from text2weight_client.results import DoneEvent
+
+        exchange = stream_exchange(classes, heads_every, **options)
+        with closing(self._send(exchange, stream=True)) as response, connection_errors():
+            reader = EventReader(response)
+            for message in reader.source.iter_sse():
+                event = reader.read(message)
+                if event is not None:
+                    yield event
+                if isinstance(event, DoneEvent):
+                    return
+        raise reader.ended_early()
+
+    def classify(self, head: GeneratedHead, images: Iterable[Image]) -> list[ClassifiedImage]:
+        """Let the service classify images by its own backbone and a head.
+
+        Args:
+            head: from a checkpoint with the same backbone.
+            images: 1 to 16 paths, or contents, of JPEG, PNG or WebP files.
+
+        Raises:
+            NotSupportedError: the service has no backbone; see `info().features.classify`.
+            OSError: a file cannot be read.
+            Text2WeightClientError: as for `generate`.
+        """
+        from text2weight_client.protocol import classify_exchange
+
+        return self._send(classify_exchange(head, images))
+
+    def info(self) -> ServiceInfo:
         """The service's model, limits and settings, as GET /info gives them."""
-        return self._send(self._protocol.info_exchange(), self._request_policy)
+        from text2weight_client.protocol import info_exchange
+
+        info = self._send(info_exchange())
+        self._deadline.learn(info.raw)
+        return info
 
     def wait_until_ready(self, timeout_s: float = DEFAULT_READY_TIMEOUT_S) -> None:
         """Return as soon as the service takes requests.
@@ -91,7 +250,25 @@ class Client:
             APITimeoutError: it does not within `timeout_s` seconds.
             APIError: what listens there answers neither "ready" nor "not yet".
         """
-        self._send(self._protocol.ready_exchange(), self._protocol.ready_policy(timeout_s))
+        from text2weight_client.protocol import ready_exchange
+        from text2weight_client.retries import ready_policy
+
+        self._repeat(ready_exchange(), ready_policy(timeout_s))
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """Send any request and get the answer as it is; retries and errors are those of the other calls.
+
+        Args:
+            method: such as "GET".
+            path: such as "/metrics".
+            body: sent as JSON.
+
+        Raises:
+            Text2WeightClientError: as for `generate`; also for every status that is no success.
+        """
+        from text2weight_client.protocol import raw_exchange
+
+        return self._send(raw_exchange(method, path, body))
 
     def close(self) -> None:
         """Close the connections."""
@@ -105,77 +282,43 @@ class Client:
     ) -> None:
         self.close()
 
-    def _send(self, exchange: Exchange[T], policy: RetryPolicy) -> T:
-        from tenacity import Retrying
-
-        result: T = Retrying(**policy)(self._attempt, exchange)
-        return result
-
-    def _attempt(self, exchange: Exchange[T]) -> T:
-        with self._protocol.connection_errors():
-            response = self._http.send(exchange.request(self._http))
-        return exchange.result(response)
-
-
-class AsyncClient:
-    """Asynchronous client of a text2weight service; arguments, calls and errors as in `Client`."""
-
-    def __init__(
-        self,
-        base_url: str = DEFAULT_BASE_URL,
-        *,
-        api_key: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        max_retries: int = DEFAULT_MAX_RETRIES,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
+    def _open_http(self, options: HttpOptions, transport: httpx.BaseTransport | None) -> httpx.Client:
         import httpx
 
-        from text2weight_client import protocol
+        return httpx.Client(**options, transport=transport)
 
-        self._protocol = protocol
-        self._request_policy = protocol.request_policy(max_retries)
-        options = protocol.http_options(base_url, api_key, timeout_s, max_retries)
-        self._http = httpx.AsyncClient(**options, transport=transport)
+    def _send_one_of(self, many: Many, index: int) -> None:
+        if many.stopped:
+            return
+        try:
+            head = self._send(many.exchanges[index])
+        except Text2WeightClientError as error:
+            many.note(index, error)
+        else:
+            many.note(index, head)
 
-    async def generate(
-        self,
-        classes: Sequence[str],
-        *,
-        seed: int | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-    ) -> GeneratedHead:
-        """Ask for a classifier head; see `Client.generate`."""
-        return await self._send(self._protocol.generate_exchange(classes, seed, steps, sampler), self._request_policy)
+    def _send(self, exchange: Exchange[T], *, stream: bool = False) -> T:
+        timed = exchange.with_deadline(self._deadline.milliseconds)
+        try:
+            return self._repeat(timed, self._policy, stream)
+        except InvalidRequestError as error:
+            if timed is exchange or not self._deadline.give_up_if_refused(error):
+                raise
+        return self._repeat(exchange, self._policy, stream)
 
-    async def info(self) -> dict[str, Any]:
-        """The service's model, limits and settings, as GET /info gives them."""
-        return await self._send(self._protocol.info_exchange(), self._request_policy)
+    def _repeat(self, exchange: Exchange[T], policy: RetryPolicy, stream: bool = False) -> T:
+        from tenacity import Retrying
 
-    async def wait_until_ready(self, timeout_s: float = DEFAULT_READY_TIMEOUT_S) -> None:
-        """Return as soon as the service takes requests; see `Client.wait_until_ready`."""
-        await self._send(self._protocol.ready_exchange(), self._protocol.ready_policy(timeout_s))
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def _send(self, exchange: Exchange[T], policy: RetryPolicy) -> T:
-        from tenacity import AsyncRetrying
-
-        result: T = await AsyncRetrying(**policy)(self._attempt, exchange)
+        result: T = Retrying(**policy)(self._attempt, exchange, stream)
         return result
 
-    async def _attempt(self, exchange: Exchange[T]) -> T:
-        with self._protocol.connection_errors():
-            response = await self._http.send(exchange.request(self._http))
+    def _attempt(self, exchange: Exchange[T], stream: bool) -> T:
+        from text2weight_client.connection import connection_errors, log_answer
+
+        started = time.perf_counter()
+        with connection_errors():
+            response = self._http.send(exchange.request(self._http), stream=stream)
+            log_answer(response, started)
+            if stream and not response.is_success:
+                response.read()
         return exchange.result(response)

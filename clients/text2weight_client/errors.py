@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from text2weight_client.head import GeneratedHead
 
 
 class Text2WeightClientError(Exception):
@@ -30,11 +33,34 @@ class APITimeoutError(APIConnectionError):
     """The service did not answer in time."""
 
 
+class GenerateManyError(Text2WeightClientError):
+    """Some of the requests of `generate_many` failed; what the others brought is kept.
+
+    Attributes:
+        heads: finished heads by the index of their class list.
+        errors: what failed, by index. An index in neither was not sent, because an error before it was
+            one that every request would have met.
+    """
+
+    def __init__(
+        self, heads: Mapping[int, GeneratedHead], errors: Mapping[int, Text2WeightClientError], total: int
+    ) -> None:
+        self.heads = dict(heads)
+        self.errors = dict(errors)
+        index, first = min(self.errors.items())
+        unsent = total - len(self.heads) - len(self.errors)
+        super().__init__(
+            f"{len(self.errors)} of {total} requests failed{f', {unsent} were not sent' if unsent else ''}; "
+            f"the first, number {index}: {first}"
+        )
+
+
 class APIError(Text2WeightClientError):
     """The service answered with an error status (RFC 9457 problem details).
 
     Attributes:
         status: HTTP status code.
+        kind: the problem's name, such as "queue-full" (docs/api.md lists all); "" if the answer has none.
         title: the problem in a few words.
         detail: what was wrong with this request and what to do; may be empty.
         request_id: names the request in the service's log; None if the answer carries none.
@@ -48,11 +74,13 @@ class APIError(Text2WeightClientError):
         title: str,
         detail: str = "",
         *,
+        kind: str = "",
         request_id: str | None = None,
         errors: Sequence[Mapping[str, Any]] = (),
         retry_after_s: float | None = None,
     ) -> None:
         self.status = status
+        self.kind = kind
         self.title = title
         self.detail = detail
         self.request_id = request_id
@@ -83,11 +111,19 @@ class InvalidRequestError(APIError):
 
 
 class RateLimitedError(APIError):
-    """429: the service's queue is full; `retry_after_s` says when to come back."""
+    """429: more requests than this key may send; `retry_after_s` says when to come back."""
+
+
+class QueueFullError(RateLimitedError):
+    """429 of kind "queue-full": the service is busy with everybody's requests."""
 
 
 class ServerError(APIError):
     """Any 5xx status."""
+
+
+class NotSupportedError(ServerError):
+    """501: what this service has loaded cannot do that, for example classify without a backbone."""
 
 
 class NotReadyError(ServerError):
@@ -95,7 +131,7 @@ class NotReadyError(ServerError):
 
 
 class DeadlineExceededError(ServerError):
-    """504: the service could not finish within its own deadline."""
+    """504: the service could not finish within its own deadline, or within the request's."""
 
 
 _BY_STATUS: dict[int, type[APIError]] = {
@@ -104,11 +140,14 @@ _BY_STATUS: dict[int, type[APIError]] = {
     415: UnsupportedMediaTypeError,
     422: InvalidRequestError,
     429: RateLimitedError,
+    501: NotSupportedError,
     503: NotReadyError,
     504: DeadlineExceededError,
 }
 
 
-def api_error_type(status: int) -> type[APIError]:
-    """The class that stands for an error status."""
+def api_error_type(status: int, kind: str = "") -> type[APIError]:
+    """The class that stands for an error status; kind "queue-full" has one of its own."""
+    if (status, kind) == (429, "queue-full"):
+        return QueueFullError
     return _BY_STATUS.get(status, ServerError if status >= 500 else APIError)

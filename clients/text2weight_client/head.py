@@ -11,19 +11,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from text2weight_client.errors import InvalidFeaturesError, InvalidHeadError
+from text2weight_client.tensor_file import PRECISIONS, read_tensors, write_file, write_tensors
 
 if TYPE_CHECKING:
     import torch
 
+    from text2weight_client.results import ResponseInfo
+
 HEAD_FORMAT = "text2weight.head/1"
+HEADS_FORMAT = "text2weight.heads/1"
 ACTIVATIONS = ("gelu", "none")
 WEIGHTS = ("linear1.weight", "linear2.weight")
 BIASES = ("linear1.bias", "linear2.bias")
@@ -41,6 +47,8 @@ class GeneratedHead:
             `linear1.bias` (h,) and `linear2.bias` (o,); fp32.
         class_embeddings: (K, o) fp32, L2-normalised; row i is class i.
         metadata: strings that travel with the head: classes, seed, checkpoint, text encoder, ...
+        precision: "fp32", "fp16" or "bf16": what the head came in and is saved in; here everything is fp32.
+        response: headers of the answer that brought the head; None for one that was read from a file.
 
     Raises:
         InvalidHeadError: the parts do not make up a head.
@@ -49,10 +57,17 @@ class GeneratedHead:
     tensors: dict[str, NDArray[np.float32]]
     class_embeddings: NDArray[np.float32]
     metadata: dict[str, str]
+    precision: str = "fp32"
+    response: ResponseInfo | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _check_tensors(self.tensors, self.class_embeddings)
+        if self.precision not in PRECISIONS.values():
+            raise InvalidHeadError(f"precision is {self.precision!r}: it must be one of {[*PRECISIONS.values()]}")
         _check_metadata(self.metadata, len(self.class_embeddings))
+        _check_tensors(self.tensors, self.class_embeddings)
+
+    def __repr__(self) -> str:
+        return f"<GeneratedHead for {', '.join(self.classes)}; seed {self.metadata.get('seed')}>"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -73,6 +88,16 @@ class GeneratedHead:
     def input_dim(self) -> int:
         """d, the length of a feature vector."""
         return int(self.tensors["linear1.weight"].shape[1])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the service warns about, such as a class name that its text encoder was not trained on."""
+        text = self.metadata.get("warnings", "[]")
+        try:
+            warnings = json.loads(text)
+        except ValueError:
+            warnings = None
+        return tuple(map(str, warnings)) if isinstance(warnings, list) else (text,)
 
     @property
     def num_parameters(self) -> int:
@@ -146,10 +171,9 @@ class GeneratedHead:
         return torch.nn.Sequential(linear("linear1"), activation, linear("linear2"))
 
     def to_bytes(self) -> bytes:
-        """The head as a safetensors file."""
-        from safetensors.numpy import save
-
-        return save({**self.tensors, CLASS_EMBEDDINGS: self.class_embeddings}, metadata=self.metadata)
+        """The head as a safetensors file in its precision; equal heads give equal bytes."""
+        tensors = {**self.tensors, CLASS_EMBEDDINGS: self.class_embeddings}
+        return write_tensors(tensors, self.metadata, self.precision)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it appears whole or not at all.
@@ -157,13 +181,7 @@ class GeneratedHead:
         Raises:
             OSError: the folder does not exist or cannot be written.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(self.to_bytes())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GeneratedHead:
@@ -173,10 +191,8 @@ class GeneratedHead:
             OSError: the file cannot be read.
             InvalidHeadError: it is not a head; the message names the file.
         """
-        try:
+        with naming_file(path):
             return cls.from_bytes(Path(path).read_bytes())
-        except InvalidHeadError as error:
-            raise InvalidHeadError(f"{os.fspath(path)}: {error}") from error
 
     @classmethod
     def from_bytes(cls, data: bytes) -> GeneratedHead:
@@ -185,17 +201,8 @@ class GeneratedHead:
         Raises:
             InvalidHeadError: they are not a head; the message says what is wrong.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        try:
-            tensors = load(data)
-        except (SafetensorError, KeyError) as error:  # KeyError: a type that numpy lacks, e.g. bfloat16
-            raise InvalidHeadError(f"not a readable safetensors file ({len(data)} bytes): {error}") from error
-        if CLASS_EMBEDDINGS not in tensors:
-            raise InvalidHeadError(f"tensor {CLASS_EMBEDDINGS!r} is missing; the file has {sorted(tensors)}")
-        class_embeddings = tensors.pop(CLASS_EMBEDDINGS)
-        return cls(tensors, class_embeddings, _read_metadata(data))
+        tensors, metadata, precision = read_tensors(data)
+        return cls(tensors, pop_class_embeddings(tensors), metadata, precision)
 
     def _checked(self, features: ArrayLike) -> NDArray[np.float32]:
         try:
@@ -220,10 +227,24 @@ def _gelu(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(x * phi, dtype=np.float32)
 
 
-def _read_metadata(data: bytes) -> dict[str, str]:
-    """The string metadata in a safetensors header; `data` has already been read as safetensors."""
-    header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(header.get("__metadata__") or {})
+@contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the path of a file before what is wrong with it."""
+    try:
+        yield
+    except InvalidHeadError as error:
+        raise InvalidHeadError(f"{os.fspath(path)}: {error}") from error
+
+
+def pop_class_embeddings(tensors: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Take the class embeddings (K, o) out of the tensors of a file.
+
+    Raises:
+        InvalidHeadError: there are none.
+    """
+    if CLASS_EMBEDDINGS not in tensors:
+        raise InvalidHeadError(f"tensor {CLASS_EMBEDDINGS!r} is missing; the file has {sorted(tensors)}")
+    return tensors.pop(CLASS_EMBEDDINGS)
 
 
 def _check_tensors(tensors: dict[str, NDArray[np.float32]], class_embeddings: NDArray[np.float32]) -> None:
@@ -256,7 +277,8 @@ def _check_tensors(tensors: dict[str, NDArray[np.float32]], class_embeddings: ND
 
 def _check_metadata(metadata: dict[str, str], num_classes: int) -> None:
     if metadata.get("format") != HEAD_FORMAT:
-        raise InvalidHeadError(f"metadata 'format' is {metadata.get('format')!r}: this version reads {HEAD_FORMAT!r}")
+        hint = "; read it with GeneratedHeads" if metadata.get("format") == HEADS_FORMAT else ""
+        raise InvalidHeadError(f"metadata 'format' is {metadata.get('format')!r}: a head has {HEAD_FORMAT!r}{hint}")
     try:
         classes = json.loads(metadata.get("classes", ""))
     except ValueError:

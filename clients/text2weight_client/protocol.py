@@ -6,50 +6,42 @@ it over a blocking or an asynchronous connection.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from importlib.metadata import version
-from typing import Any, Generic, NoReturn, TypedDict, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar, Unpack
 
 import httpx
-from tenacity import (
-    RetryCallState,
-    retry_if_exception,
-    retry_if_exception_type,
-    stop_after_attempt,
-    stop_after_delay,
-    wait_exponential,
-    wait_fixed,
-    wait_random,
-)
-from tenacity.retry import retry_base
-from tenacity.stop import stop_base
-from tenacity.wait import wait_base
 
+from text2weight_client.connection import MAX_CONNECTIONS, api_error
 from text2weight_client.errors import (
     APIConnectionError,
-    APIError,
-    APITimeoutError,
+    AuthenticationError,
+    GenerateManyError,
     InvalidHeadError,
     InvalidResponseError,
     NotReadyError,
-    api_error_type,
+    RateLimitedError,
+    Text2WeightClientError,
 )
+from text2weight_client.fuse_task import FuseTask
 from text2weight_client.head import GeneratedHead
+from text2weight_client.heads import GeneratedHeads
+from text2weight_client.info import ServiceInfo
+from text2weight_client.options import FuseOptions, GenerateOptions, SamplingOptions
+from text2weight_client.results import ClassifiedImage, ClassProbability, ResponseInfo
 
 T = TypeVar("T")
 
-RETRIED_STATUSES = frozenset({429, 502, 503, 504})
-# A caller who set a timeout does not expect to sleep for much longer than this inside one call.
-MAX_RETRY_AFTER_S = 60.0
 READY_PROBE_TIMEOUT_S = 5.0
-READY_PROBE_INTERVAL_S = 0.2
-
-_BACKOFF = wait_exponential(multiplier=0.25, max=8.0) + wait_random(0.0, 0.25)
+OCTETS = "application/octet-stream"
+# Name, file name, content and content type, as httpx takes them.
+FilePart = tuple[str, tuple[str | None, bytes, str]]
+Image = str | os.PathLike[str] | bytes
 
 
 @dataclass(frozen=True)
@@ -59,21 +51,31 @@ class Exchange(Generic[T]):
     Attributes:
         method: HTTP method.
         path: relative to the base URL.
-        body: sent as JSON; None for no body.
         read: turns a successful response into the result.
+        body: sent as JSON, or beside files as the part `request`; None for no body.
+        files: parts of a multipart body; none for a JSON body.
         timeout_s: in place of the client's own timeout.
+        takes_deadline: whether the client's timeout may be sent as `deadline_ms`.
     """
 
     method: str
     path: str
     read: Callable[[httpx.Response], T]
     body: dict[str, Any] | None = None
+    files: tuple[FilePart, ...] = ()
     timeout_s: float | None = None
+    takes_deadline: bool = False
 
     def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """Build the request with the client's base URL, headers and timeout."""
         timeout = http.timeout if self.timeout_s is None else httpx.Timeout(self.timeout_s)
-        return http.build_request(self.method, self.path, json=self.body, timeout=timeout)
+        if not self.files:
+            return http.build_request(self.method, self.path, json=self.body, timeout=timeout)
+        parts = list(self.files)
+        if self.body is not None:
+            text = json.dumps(self.body, ensure_ascii=False, allow_nan=False).encode()
+            parts.insert(0, ("request", (None, text, "application/json")))
+        return http.build_request(self.method, self.path, files=parts, timeout=timeout)
 
     def result(self, response: httpx.Response) -> T:
         """Read a response, whatever its status.
@@ -86,26 +88,73 @@ class Exchange(Generic[T]):
             raise api_error(response)
         return self.read(response)
 
+    def with_deadline(self, deadline_ms: int | None) -> Exchange[T]:
+        """The same exchange with a deadline, if it may have one and has none yet."""
+        if deadline_ms is None or not self.takes_deadline or self.body is None or "deadline_ms" in self.body:
+            return self
+        return dataclasses.replace(self, body={**self.body, "deadline_ms": deadline_ms})
 
-def generate_exchange(
-    classes: Sequence[str], seed: int | None, steps: int | None, sampler: str | None
+
+def generate_exchange(classes: Sequence[str], **options: Unpack[GenerateOptions]) -> Exchange[GeneratedHead]:
+    """POST /generate for one head."""
+    body = {"classes": _listed(classes), **_sent(options, GenerateOptions)}
+    return Exchange("POST", "/generate", _read_head, body, takes_deadline=True)
+
+
+def samples_exchange(
+    classes: Sequence[str], samples: int, **options: Unpack[GenerateOptions]
+) -> Exchange[GeneratedHeads]:
+    """POST /generate for several seeds."""
+    body = {"classes": _listed(classes), "samples": samples, **_sent(options, GenerateOptions)}
+    return Exchange("POST", "/generate", _read_heads, body, takes_deadline=True)
+
+
+def stream_exchange(
+    classes: Sequence[str], heads_every: int | None, **options: Unpack[GenerateOptions]
+) -> Exchange[httpx.Response]:
+    """POST /generate/stream. A stream is watched, so it has a deadline only where the caller gives one."""
+    body = {"classes": _listed(classes), **_sent(options, GenerateOptions)}
+    if heads_every is not None:
+        body["heads_every"] = heads_every
+    return Exchange("POST", "/generate/stream", lambda response: response, body)
+
+
+def fuse_exchange(
+    tasks: Sequence[FuseTask | GeneratedHead | Sequence[str]], **options: Unpack[FuseOptions]
 ) -> Exchange[GeneratedHead]:
-    """POST /generate. A missing seed is drawn here, once, so that every retry asks for the same head."""
-    body: dict[str, Any] = {
-        # A lone string is sent as it is, for the service to refuse, not as a list of its letters.
-        "classes": classes if isinstance(classes, str) else list(classes),
-        "seed": secrets.randbits(32) if seed is None else seed,
-    }
-    if steps is not None:
-        body["steps"] = steps
-    if sampler is not None:
-        body["sampler"] = sampler
-    return Exchange("POST", "/generate", _read_head, body)
+    """POST /fuse: JSON, or multipart where the tasks bring heads."""
+    taken = [FuseTask.of(task) for task in tasks]
+    heads = [task.head for task in taken if task.head is not None]
+    if heads and len(heads) != len(taken):
+        raise ValueError(f"{len(heads)} of {len(taken)} tasks have a head: give every task one, or none")
+    body = {"tasks": [task.to_json() for task in taken], **_sent(options, FuseOptions)}
+    if body.get("method", "text") != "text" and options.get("seed") is None:
+        del body["seed"]  # merging draws nothing, and the service refuses a seed there
+    files = tuple(_head_part(head, f"head-{number}.safetensors") for number, head in enumerate(heads))
+    return Exchange("POST", "/fuse", _read_head, body, files, takes_deadline=True)
 
 
-def info_exchange() -> Exchange[dict[str, Any]]:
+def enhance_exchange(
+    head: GeneratedHead, strength: float, classes: Sequence[str] | None, **options: Unpack[SamplingOptions]
+) -> Exchange[GeneratedHead]:
+    """POST /enhance."""
+    body = {"strength": strength, **_sent(options, SamplingOptions)}
+    if classes is not None:
+        body["classes"] = _listed(classes)
+    return Exchange("POST", "/enhance", _read_head, body, (_head_part(head),), takes_deadline=True)
+
+
+def classify_exchange(head: GeneratedHead, images: Iterable[Image]) -> Exchange[list[ClassifiedImage]]:
+    """POST /classify."""
+    if isinstance(images, str | os.PathLike | bytes):
+        raise TypeError(f"images is one {type(images).__name__}: give a list of images")
+    parts = [_image_part(number, image) for number, image in enumerate(images)]
+    return Exchange("POST", "/classify", _read_classified, files=(_head_part(head), *parts))
+
+
+def info_exchange() -> Exchange[ServiceInfo]:
     """GET /info."""
-    return Exchange("GET", "/info", _read_object)
+    return Exchange("GET", "/info", lambda response: ServiceInfo(_read_object(response)))
 
 
 def ready_exchange() -> Exchange[None]:
@@ -113,11 +162,116 @@ def ready_exchange() -> Exchange[None]:
     return Exchange("GET", "/health/ready", lambda response: None, timeout_s=READY_PROBE_TIMEOUT_S)
 
 
+def raw_exchange(method: str, path: str, body: dict[str, Any] | None) -> Exchange[httpx.Response]:
+    """Any request; its answer as it is."""
+    return Exchange(method, path, lambda response: response, body)
+
+
+class Many:
+    """The requests of `generate_many` and what became of them."""
+
+    # Errors of the service rather than of one request: the requests that are left would meet them too.
+    _OF_THE_SERVICE = (APIConnectionError, AuthenticationError, NotReadyError, RateLimitedError)
+
+    def __init__(
+        self, class_lists: Iterable[Sequence[str]], concurrency: int, **options: Unpack[GenerateOptions]
+    ) -> None:
+        if not 1 <= concurrency <= MAX_CONNECTIONS:
+            raise ValueError(f"concurrency is {concurrency}: allowed are 1 to {MAX_CONNECTIONS}")
+        self.exchanges = [generate_exchange(classes, **options) for classes in class_lists]
+        self.stopped = False
+        self._heads: dict[int, GeneratedHead] = {}
+        self._errors: dict[int, Text2WeightClientError] = {}
+
+    def note(self, index: int, outcome: GeneratedHead | Text2WeightClientError) -> None:
+        """Keep the outcome of one request."""
+        if isinstance(outcome, GeneratedHead):
+            self._heads[index] = outcome
+        else:
+            self._errors[index] = outcome
+            self.stopped = self.stopped or isinstance(outcome, self._OF_THE_SERVICE)
+
+    def result(self) -> list[GeneratedHead]:
+        """All heads in order.
+
+        Raises:
+            GenerateManyError: a request failed.
+        """
+        if self._errors:
+            error = GenerateManyError(self._heads, self._errors, len(self.exchanges))
+            raise error from self._errors[min(self._errors)]
+        return [self._heads[index] for index in range(len(self.exchanges))]
+
+
+def _listed(classes: Sequence[str]) -> str | list[str]:
+    # A lone string is sent as it is, for the service to refuse, not as a list of its letters.
+    return classes if isinstance(classes, str) else list(classes)
+
+
+def _sent(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The options that were given; a missing seed is drawn here, once, so that every retry asks for the same head."""
+    unknown = sorted(options.keys() - kind.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}: allowed are {', '.join(sorted(kind.__annotations__))}")
+    given = {name: value for name, value in options.items() if value is not None}
+    if "descriptions" in given:
+        given["descriptions"] = {name: _listed(texts) for name, texts in given["descriptions"].items()}
+    return {"seed": secrets.randbits(32), **given}
+
+
+def _head_part(head: GeneratedHead, filename: str = "head.safetensors") -> FilePart:
+    return "head", (filename, head.to_bytes(), OCTETS)
+
+
+def _image_part(number: int, image: Image) -> FilePart:
+    if isinstance(image, bytes):
+        name, data = f"image-{number}", image
+    else:
+        name, data = Path(image).name, Path(image).read_bytes()
+    return "image", (name, data, _image_type(data))
+
+
+def _image_type(data: bytes) -> str:
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith(b"\x89PNG\r\n"):
+        return "image/png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return OCTETS
+
+
+def response_info(response: httpx.Response) -> ResponseInfo:
+    """Status and headers of a response."""
+    return ResponseInfo(response.status_code, {name.lower(): value for name, value in response.headers.items()})
+
+
 def _read_head(response: httpx.Response) -> GeneratedHead:
     try:
-        return GeneratedHead.from_bytes(response.content)
+        head = GeneratedHead.from_bytes(response.content)
     except InvalidHeadError as error:
         raise InvalidResponseError(f"{response.url} answered 200 with a body that is not a head: {error}") from error
+    return dataclasses.replace(head, response=response_info(response))
+
+
+def _read_heads(response: httpx.Response) -> GeneratedHeads:
+    try:
+        return GeneratedHeads.from_bytes(response.content, response_info(response))
+    except InvalidHeadError as error:
+        raise InvalidResponseError(f"{response.url} answered 200 with a body that is not heads: {error}") from error
+
+
+def _read_classified(response: httpx.Response) -> list[ClassifiedImage]:
+    try:
+        return [
+            ClassifiedImage(
+                str(image["filename"]),
+                tuple(ClassProbability(str(one["name"]), float(one["probability"])) for one in image["classes"]),
+            )
+            for image in _read_object(response)["images"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidResponseError(f"{response.url} answered 200 without classified images: {error!r}") from error
 
 
 def _read_object(response: httpx.Response) -> dict[str, Any]:
@@ -128,139 +282,3 @@ def _read_object(response: httpx.Response) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidResponseError(f"{response.url} answered 200 with JSON that is not an object")
     return value
-
-
-def api_error(response: httpx.Response) -> APIError:
-    """Read an error response; one that is not problem details (a proxy's page) is quoted in part."""
-    try:
-        parsed = response.json()
-    except ValueError:
-        parsed = None
-    problem: dict[str, Any] = parsed if isinstance(parsed, dict) else {"detail": response.text.strip()[:200]}
-    errors = problem.get("errors")
-    request_id = problem.get("request_id") or response.headers.get("X-Request-ID")
-    return api_error_type(response.status_code)(
-        response.status_code,
-        str(problem.get("title") or response.reason_phrase),
-        str(problem.get("detail") or ""),
-        request_id=str(request_id) if request_id else None,
-        errors=[item for item in errors if isinstance(item, dict)] if isinstance(errors, list) else (),
-        retry_after_s=parse_retry_after(response.headers.get("Retry-After")),
-    )
-
-
-def parse_retry_after(value: str | None) -> float | None:
-    """Read a Retry-After header (RFC 9110, 10.2.3): seconds, or a date; None if absent or unreadable."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        moment = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if moment.tzinfo is None:  # HTTP dates are in GMT whether they say so or not
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
-
-
-@contextmanager
-def connection_errors() -> Iterator[None]:
-    """Turn httpx's errors into this package's."""
-    try:
-        yield
-    except httpx.ConnectTimeout as error:  # nothing was sent, so this is a failed connection
-        raise APIConnectionError(f"could not connect to {error.request.url} in time") from error
-    except httpx.TimeoutException as error:
-        raise APITimeoutError(
-            f"no complete answer from {error.request.url} in time: raise timeout_s, or lower the number of steps"
-        ) from error
-    except httpx.DecodingError as error:
-        raise InvalidResponseError(f"the answer of {error.request.url} cannot be decoded: {error}") from error
-    except httpx.RequestError as error:
-        reason = str(error) or type(error).__name__
-        raise APIConnectionError(f"cannot reach {error.request.url}: {reason}") from error
-
-
-def is_retryable(error: BaseException) -> bool:
-    """Whether another attempt may succeed soon: a failed connection, or a status that says "later"."""
-    if isinstance(error, APIError):
-        soon = error.retry_after_s is None or error.retry_after_s <= MAX_RETRY_AFTER_S
-        return error.status in RETRIED_STATUSES and soon
-    return isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
-
-
-def wait_before_retry(state: RetryCallState) -> float:
-    """Seconds to wait: what the service asked for, else exponential backoff with jitter."""
-    error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, APIError) and error.retry_after_s is not None:
-        return error.retry_after_s
-    return _BACKOFF(state)
-
-
-class RetryPolicy(TypedDict, total=False):
-    """Arguments of tenacity's `Retrying` and `AsyncRetrying`."""
-
-    retry: retry_base
-    wait: wait_base | Callable[[RetryCallState], float]
-    stop: stop_base
-    reraise: bool
-    retry_error_callback: Callable[[RetryCallState], NoReturn]
-
-
-def request_policy(max_retries: int) -> RetryPolicy:
-    """How a request is repeated; the last error is raised as it is."""
-    return {
-        "retry": retry_if_exception(is_retryable),
-        "wait": wait_before_retry,
-        "stop": stop_after_attempt(max_retries + 1),
-        "reraise": True,
-    }
-
-
-def ready_policy(timeout_s: float) -> RetryPolicy:
-    """How the readiness probe is repeated, until `timeout_s` has passed."""
-
-    def give_up(state: RetryCallState) -> NoReturn:
-        last = state.outcome.exception() if state.outcome else None
-        raise APITimeoutError(f"the service was not ready after {timeout_s:g} s; the last attempt: {last}") from last
-
-    return {
-        "retry": retry_if_exception_type((NotReadyError, APIConnectionError)),
-        "wait": wait_fixed(READY_PROBE_INTERVAL_S),
-        "stop": stop_after_delay(timeout_s),
-        "retry_error_callback": give_up,
-    }
-
-
-# Every open connection is kept, so that many requests at once do not reconnect all the time.
-_LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=100)
-
-
-class HttpOptions(TypedDict):
-    """Arguments common to httpx's two clients."""
-
-    base_url: str
-    headers: dict[str, str]
-    timeout: float
-    limits: httpx.Limits
-
-
-def http_options(base_url: str, api_key: str | None, timeout_s: float, max_retries: int) -> HttpOptions:
-    """Check a client's settings.
-
-    Raises:
-        ValueError: a setting is not allowed; the message says which.
-    """
-    if not base_url.startswith(("http://", "https://")):
-        raise ValueError(f"base_url is {base_url!r}: it must start with http:// or https://")
-    if not timeout_s > 0:
-        raise ValueError(f"timeout_s is {timeout_s}: it must be above 0")
-    if max_retries < 0:
-        raise ValueError(f"max_retries is {max_retries}: it must be 0 or more")
-    headers = {"User-Agent": f"text2weight-client/{version('text2weight')}"}
-    if api_key is not None:
-        if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
-            raise ValueError("api_key must be printable ASCII text without line ends")
-        headers["Authorization"] = f"Bearer {api_key}"
-    return {"base_url": base_url, "headers": headers, "timeout": timeout_s, "limits": _LIMITS}

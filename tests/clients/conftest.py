@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.numpy import save
+
+from tests.clients.scripted import Call
+from text2weight_client import AsyncClient, Client
 
 MakeHead = Callable[..., bytes]
 
@@ -100,7 +107,8 @@ def local_service() -> Iterator[LocalService]:
                     "path": self.path,
                     "method": self.command,
                     "headers": dict(self.headers),
-                    "json": json.loads(raw) if raw else None,
+                    "json": json.loads(raw) if self.headers.get("Content-Type") == "application/json" else None,
+                    "raw": raw,
                 }
             )
             reply = service.next_reply()
@@ -133,3 +141,58 @@ def local_service() -> Iterator[LocalService]:
 @pytest.fixture
 def reply() -> type[Reply]:
     return Reply
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the clients would have slept; nothing sleeps."""
+    asked: list[float] = []
+
+    async def note(seconds: float) -> None:
+        asked.append(seconds)
+
+    monkeypatch.setattr(time, "sleep", asked.append)
+    monkeypatch.setattr(asyncio, "sleep", note)
+    return asked
+
+
+@pytest.fixture(params=["sync", "async"])
+def call(request: pytest.FixtureRequest) -> Call:
+    """Make one call with a new client of either kind: call(url_or_handler, "generate", [...], seed=1)."""
+
+    def prepared(target: Any, client_options: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+        options = dict(client_options or {})
+        if callable(target):
+            return "http://service", options | {"transport": httpx.MockTransport(target)}
+        return target, options
+
+    def sync_call(
+        target: Any, name: str, /, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        url, options = prepared(target, client_options)
+        with Client(url, **options) as client:
+            result = getattr(client, name)(*args, **kwargs)
+            return list(result) if inspect.isgenerator(result) else result
+
+    def async_call(
+        target: Any, name: str, /, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        async def run() -> Any:
+            url, options = prepared(target, client_options)
+            async with AsyncClient(url, **options) as client:
+                result = getattr(client, name)(*args, **kwargs)
+                return [event async for event in result] if inspect.isasyncgen(result) else await result
+
+        return asyncio.run(run())
+
+    return sync_call if request.param == "sync" else async_call
+
+
+@pytest.fixture(scope="session")
+def live_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a real service with the bundled model listens; one process for all tests that want it."""
+    from demo.service_process import running_service
+
+    with running_service(None, tmp_path_factory.mktemp("service") / "log") as service, Client(service.url) as client:
+        service.wait_until_ready(client)
+        yield service.url

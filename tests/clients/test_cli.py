@@ -19,7 +19,8 @@ runner = CliRunner()
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.delenv("T2W_API_KEY", raising=False)
+    for name in ("T2W_API_KEY", "T2W_URL"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_generate_writes_the_head(local_service: Any, reply: Any, make_head: Any, tmp_path: Path) -> None:
@@ -41,6 +42,13 @@ def test_api_key_from_the_environment(local_service: Any, reply: Any, make_head:
     arguments = ["generate", "a", "b", "-o", str(tmp_path / "h"), "--url", local_service.url]
     assert runner.invoke(app, arguments, env={"T2W_API_KEY": "from-env"}).exit_code == 0
     assert local_service.requests[0]["headers"]["Authorization"] == "Bearer from-env"
+
+
+def test_url_from_the_environment(local_service: Any, reply: Any, make_head: Any, tmp_path: Path) -> None:
+    local_service.play(reply(body=make_head()))
+    arguments = ["generate", "a", "b", "-o", str(tmp_path / "h")]
+    assert runner.invoke(app, arguments, env={"T2W_URL": local_service.url}).exit_code == 0
+    assert len(local_service.requests) == 1
 
 
 def test_refused_request_is_one_line_and_code_2(local_service: Any, reply: Any, tmp_path: Path) -> None:
@@ -98,8 +106,10 @@ def test_inspect_of_something_else_is_one_line(tmp_path: Path) -> None:
 
 
 def test_help_has_examples() -> None:
-    assert "Example: t2w generate apple bus" in runner.invoke(app, ["generate", "--help"]).output
-    assert "Example: t2w inspect head.safetensors" in runner.invoke(app, ["inspect", "--help"]).output
+    for command in ("generate", "fuse", "enhance", "info", "inspect"):
+        output = runner.invoke(app, [command, "--help"]).output
+        assert f"Example: t2w {command} " in output
+        assert "Exit codes: 0 done; 1 failed" in output
 
 
 def test_version() -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import json
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -16,79 +12,9 @@ import numpy as np
 import pytest
 
 import text2weight_client as t2w
+from tests.clients.scripted import Call, Script, problem
 from text2weight_client import AsyncClient, Client
-from text2weight_client.protocol import parse_retry_after
-
-Call = Callable[..., Any]
-
-
-@pytest.fixture
-def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the clients would have slept; nothing sleeps."""
-    asked: list[float] = []
-
-    async def note(seconds: float) -> None:
-        asked.append(seconds)
-
-    monkeypatch.setattr(time, "sleep", asked.append)
-    monkeypatch.setattr(asyncio, "sleep", note)
-    return asked
-
-
-@pytest.fixture(params=["sync", "async"])
-def call(request: pytest.FixtureRequest) -> Call:
-    """Make one call with a new client of either kind: call(url_or_handler, "generate", [...], seed=1)."""
-
-    def sync_call(
-        target: Any, method: str, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        options = dict(client_options or {})
-        if callable(target):
-            options["transport"], target = httpx.MockTransport(target), "http://service"
-        with Client(target, **options) as client:
-            return getattr(client, method)(*args, **kwargs)
-
-    def async_call(
-        target: Any, method: str, *args: Any, client_options: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
-        async def run() -> Any:
-            options = dict(client_options or {})
-            url = target
-            if callable(target):
-                options["transport"], url = httpx.MockTransport(target), "http://service"
-            async with AsyncClient(url, **options) as client:
-                return await getattr(client, method)(*args, **kwargs)
-
-        return asyncio.run(run())
-
-    return sync_call if request.param == "sync" else async_call
-
-
-class Script:
-    """A mock transport's handler that plays responses or exceptions and records the requests."""
-
-    def __init__(self, *steps: httpx.Response | Exception) -> None:
-        self.steps = list(steps)
-        self.requests: list[httpx.Request] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
-        if isinstance(step, Exception):
-            raise step
-        return step
-
-    @property
-    def bodies(self) -> list[dict[str, Any]]:
-        return [json.loads(request.content) for request in self.requests]
-
-
-def problem(status: int, **fields: Any) -> httpx.Response:
-    headers = fields.pop("headers", {})
-    body = {"type": "about:blank", "title": "No", "status": status, "detail": "Why.", "request_id": "r-1", **fields}
-    return httpx.Response(
-        status, content=json.dumps(body), headers={"Content-Type": "application/problem+json", **headers}
-    )
+from text2weight_client.connection import parse_retry_after
 
 
 def test_generate_sends_what_was_asked_and_reads_the_head(call: Call, make_head: Any) -> None:
@@ -123,7 +49,7 @@ def test_a_lone_string_is_not_taken_apart_into_letters(call: Call) -> None:
 def test_api_key_and_path_prefix(call: Call) -> None:
     script = Script(httpx.Response(200, json={"model": "x"}))
     options = {"api_key": "secret", "transport": httpx.MockTransport(script)}
-    assert call("http://host/heads/v1", "info", client_options=options) == {"model": "x"}
+    assert call("http://host/heads/v1", "info", client_options=options).raw == {"model": "x"}
     assert script.requests[0].headers["authorization"] == "Bearer secret"
     assert str(script.requests[0].url) == "http://host/heads/v1/info"
 
@@ -139,6 +65,7 @@ def test_api_key_and_path_prefix(call: Call) -> None:
         (422, t2w.InvalidRequestError),
         (429, t2w.RateLimitedError),
         (500, t2w.ServerError),
+        (501, t2w.NotSupportedError),
         (502, t2w.ServerError),
         (503, t2w.NotReadyError),
         (504, t2w.DeadlineExceededError),
@@ -296,6 +223,7 @@ def test_wait_until_ready_does_not_wait_for_something_else(call: Call) -> None:
     ("options", "message"),
     [
         ({"base_url": "localhost:8000"}, "base_url is 'localhost:8000'"),
+        ({"base_url": "https://{}@host".format("me:pa55")}, "^base_url holds a user name or password[^5]*$"),
         ({"timeout_s": 0}, "timeout_s is 0"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"max_retries": -1}, "max_retries is -1"),
@@ -310,7 +238,10 @@ def test_bad_settings_are_refused(client_type: Any, options: dict[str, Any], mes
 
 
 def test_both_clients_have_the_same_calls() -> None:
-    for name in ("__init__", "generate", "info", "wait_until_ready"):
+    calls = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
+    assert calls == {name for name in vars(AsyncClient) if not name.startswith("_")} - {"aclose"}
+    assert len(calls) == 9
+    for name in calls:
         blocking, asynchronous = (inspect.signature(getattr(kind, name)) for kind in (Client, AsyncClient))
         assert blocking.parameters.keys() == asynchronous.parameters.keys()
         for parameter in blocking.parameters:

@@ -28,7 +28,7 @@ MAY_IMPORT_ROOM = {
     "text2weight_client": {"text2weight_client"},
 }
 # Installed with every room, because the client needs them, but no business of the model library.
-NOT_FOR_CORE = {"httpx", "rich", "tenacity", "typer"}
+NOT_FOR_CORE = {"httpx", "httpx-sse", "rich", "tenacity", "typer"}
 MODULES = [(room, path) for room, folder in ROOMS.items() for path in sorted(folder.rglob("*.py"))]
 
 

@@ -5,7 +5,7 @@ every `make X` and `t2w X` named exists, with every option shown; shell, Python 
 Python blocks name only things our packages have; relative links and their anchors resolve.
 A shell or Python block right after a line `<!-- run -->` is also executed, in page order, in one
 folder per page, against a service with the bundled model: 127.0.0.1:8000 becomes its real address,
-also where `t2w generate` takes it as its default.
+and the variable T2W_URL gives it to the commands.
 """
 
 import ast
@@ -34,10 +34,6 @@ OUR_PACKAGES = ("text2weight", "text2weight_service", "text2weight_training", "t
 DOCUMENTED_PORT = re.compile(r"\b(127\.0\.0\.1|localhost):8000\b")
 BIN = Path(sys.executable).parent
 ALL_BLOCKS = [block for page in PAGES for block in blocks(page)]
-T2W_AT_PORT = """t2w() {{
-    if [ "$1" = generate ]; then command t2w "$@" --url http://127.0.0.1:{port}; else command t2w "$@"; fi
-}}
-"""
 RUN_PAGES = sorted({block.page for block in ALL_BLOCKS if block.run})
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -194,13 +190,14 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log_path: Pa
 @pytest.mark.parametrize("page", RUN_PAGES, ids=[str(page.relative_to(ROOT)) for page in RUN_PAGES])
 def test_marked_blocks_run(page: Path, service_port: int, tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    environment["T2W_URL"] = f"http://127.0.0.1:{service_port}"
     for block in blocks(page):
         if not block.run:
             continue
         text = DOCUMENTED_PORT.sub(rf"\1:{service_port}", block.text)
         assert block.language in SHELL | {"python"}, f"{block}: only shell and Python blocks can be run"
         if block.language in SHELL:
-            program, text = ["bash", "-euo", "pipefail"], T2W_AT_PORT.format(port=service_port) + text
+            program = ["bash", "-euo", "pipefail"]
         else:
             program = [sys.executable, "-"]
         done = subprocess.run(
