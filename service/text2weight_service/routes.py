@@ -21,6 +21,7 @@ from text2weight_service.engine import Engine, Phase
 from text2weight_service.job import Job
 from text2weight_service.problems import MEDIA_TYPE, Kind, ProblemError, invalid_body, not_ready_problem
 from text2weight_service.schemas import GenerateRequest, Health, Info, describe_service
+from text2weight_service.tracing import record_stages
 from text2weight_service.work_queue import Generated
 
 router = APIRouter()
@@ -103,6 +104,7 @@ async def generate(request: Request, engine: EngineDependency) -> HeadResponse:
         deadline=deadline,
     )
     result = await _while_connected(request, engine.generate(job))
+    record_stages(request.app, _stages(result))
     return HeadResponse(
         result.data,
         headers={
@@ -197,6 +199,9 @@ async def _disconnection(request: Request) -> None:
         pass
 
 
+def _stages(result: Generated) -> dict[str, float]:
+    return {"queue": result.queue_s, "encode": result.encode_s, "sample": result.sample_s}
+
+
 def _server_timing(result: Generated) -> str:
-    stages = {"queue": result.queue_s, "encode": result.encode_s, "sample": result.sample_s}
-    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())
+    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in _stages(result).items())

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType
 
 import structlog
@@ -16,6 +17,7 @@ from text2weight_service.app import create_app
 from text2weight_service.engine import Engine
 from text2weight_service.logs import configure_logging
 from text2weight_service.settings import Settings
+from text2weight_service.tracing import exporting_provider
 
 log = structlog.get_logger(__name__)
 
@@ -45,11 +47,15 @@ def run_server(settings: Settings) -> Exception | None:
     listener = _listen(settings.http_host, settings.http_port)
     configure_logging(settings.log_level)
     engine = Engine(settings)
+    tracer_provider = exporting_provider(version("text2weight"))
     config = uvicorn.Config(
-        create_app(settings, engine),
+        create_app(settings, engine, tracer_provider),
         log_config=None,
         access_log=False,
         ws="none",
+        # Chosen here, or another extra would change them: uvicorn takes what happens to be installed.
+        loop="asyncio",
+        http="h11",
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
     server = _DrainingServer(config, engine)
@@ -61,6 +67,8 @@ def run_server(settings: Settings) -> Exception | None:
     with listener, _ignored(signal.SIGTERM, signal.SIGINT):
         log.info("listening", host=settings.http_host, port=listener.getsockname()[1])
         server.run(sockets=[listener])
+    if tracer_provider is not None:
+        tracer_provider.shutdown()  # sends what waits
     return engine.failure
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import httpx
 import uvicorn
+from opentelemetry.trace import TracerProvider
 
 from text2weight_service.app import create_app
 from text2weight_service.engine import Engine, Phase
@@ -37,12 +38,25 @@ class Live:
 
 
 @contextmanager
-def serve(load: Callable[[Settings], Model], *, wait_until_ready: bool = True, **settings: object) -> Iterator[Live]:
+def serve(
+    load: Callable[[Settings], Model],
+    *,
+    wait_until_ready: bool = True,
+    tracer_provider: TracerProvider | None = None,
+    **settings: object,
+) -> Iterator[Live]:
     """Serve a model with the given settings on a free port."""
     chosen = Settings(http_port=0, **settings)  # type: ignore[arg-type]
     engine = Engine(chosen, load=load)
     config = uvicorn.Config(
-        create_app(chosen, engine), port=0, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=5
+        create_app(chosen, engine, tracer_provider),
+        port=0,
+        log_config=None,
+        access_log=False,
+        ws="none",
+        loop="asyncio",
+        http="h11",
+        timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
