@@ -30,7 +30,7 @@ RUN case "$FLAVOUR" in \
         -r pyproject.toml --extra service --extra tracing \
     && cd /opt/text2weight/lib/python3*/site-packages \
     # Headers, tests and tools of torch, which a worker has no use for.
-    && rm -rf torch/include torch/share torch/bin/protoc* torch/test torch/testing/_internal torch/lib/*.a \
+    && rm -rf torch/include torch/share torch/bin/protoc* torch/test torch/lib/*.a \
     && if [ "$FLAVOUR" = cpu ]; then \
         rm -f torch/lib/libtorch_cuda_linalg.so && python3 /src/deploy/image/without_cuda.py "$PWD"; \
     fi
@@ -41,7 +41,7 @@ COPY service service
 COPY models models
 RUN /opt/uv/bin/uv pip install --python /opt/text2weight/bin/python --no-deps -c constraints.txt -b constraints.txt . \
     # Bytecode that is never checked against the time of its source: the root is read-only, and times are all equal.
-    && /opt/text2weight/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/text2weight/lib \
+    && /opt/text2weight/bin/python -m compileall -q -j 0 -x 'py31[2-9]_' --invalidation-mode unchecked-hash /opt/text2weight/lib \
     && find /opt/text2weight -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} + \
     # The build fails here if what was left out is needed after all.
     && /opt/text2weight/bin/python deploy/image/check.py "$FLAVOUR"

@@ -4,29 +4,13 @@ import re
 from pathlib import Path
 
 import typer.main
-from prometheus_client.metrics import MetricWrapperBase
 
+from tests.service.registry import registered_metrics
 from text2weight_service.cli import serve_app
-from text2weight_service.metrics import BUILD_LABELS, Metrics
 from text2weight_service.problems import Kind
 from text2weight_service.settings import Settings, variable_name
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
-def registered_metrics() -> dict[str, tuple[str, set[str]]]:
-    """Type and labels of every metric of the service, by the name that a query uses."""
-    metrics = Metrics()
-    metrics.watch_worker(lambda: "ready", lambda: dict.fromkeys(BUILD_LABELS, ""))
-    found = {}
-    for own in vars(metrics).values():
-        if isinstance(own, MetricWrapperBase):
-            (family,) = own.describe()
-            found[family.name] = (family.type, set(own._labelnames))
-    for family in metrics.registry.collect():
-        if family.name.startswith("t2w_") and family.name not in found:
-            found[family.name] = (family.type, {label for sample in family.samples for label in sample.labels})
-    return {name + "_total" * (kind == "counter"): (kind, labels) for name, (kind, labels) in found.items()}
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
