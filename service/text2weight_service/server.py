@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,17 +24,32 @@ from text2weight_service.tracing import exporting_provider
 log = structlog.get_logger(__name__)
 
 
-class _DrainingServer(uvicorn.Server):
-    """Reports "draining" from the signal on, while uvicorn still answers open connections."""
+class DrainingServer(uvicorn.Server):
+    """From the signal on answers new requests with 503, and ends when those before it are answered."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
+        self._accepted: set[asyncio.Task[None]] | None = None
+        self._drain_ends_at = math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """React to SIGTERM and SIGINT."""
+        """React to SIGTERM and SIGINT; a second signal ends the wait."""
+        if self._accepted is not None:
+            super().handle_exit(sig, frame)
+            return
         self._engine.begin_drain()
-        super().handle_exit(sig, frame)
+        self._accepted = set(self.server_state.tasks)
+        self._drain_ends_at = time.monotonic() + self._engine.settings.drain_timeout_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell uvicorn, which asks ten times a second, whether to close its sockets and end."""
+        if self._accepted is not None and not self.should_exit:
+            left_s = self._drain_ends_at - time.monotonic()
+            self.should_exit = left_s <= 0 or all(task.done() for task in self._accepted)
+            # What is still open then: answers that clients are slow to read.
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))
+        return await super().on_tick(counter)
 
 
 def run_server(settings: Settings) -> Exception | None:
@@ -58,7 +75,7 @@ def run_server(settings: Settings) -> Exception | None:
         http="h11",
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
-    server = _DrainingServer(config, engine)
+    server = DrainingServer(config, engine)
 
     def give_up() -> None:
         server.should_exit = True

@@ -12,6 +12,7 @@ from opentelemetry.trace import TracerProvider
 from text2weight_service.app import create_app
 from text2weight_service.engine import Engine, Phase
 from text2weight_service.model import Model
+from text2weight_service.server import DrainingServer
 from text2weight_service.settings import Settings
 
 
@@ -23,10 +24,11 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 10.0
 
 
 class Live:
-    """A running service: `client` speaks to it, `engine` is its engine."""
+    """A running service: `client` speaks to it, `engine` is its engine, `server` what listens."""
 
-    def __init__(self, engine: Engine, client: httpx.Client, port: int) -> None:
+    def __init__(self, engine: Engine, client: httpx.Client, port: int, server: DrainingServer) -> None:
         self.engine = engine
+        self.server = server
         self.client = client
         self.port = port
 
@@ -58,7 +60,7 @@ def serve(
         http="h11",
         timeout_graceful_shutdown=5,
     )
-    server = uvicorn.Server(config)
+    server = DrainingServer(config, engine)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -67,7 +69,7 @@ def serve(
         if wait_until_ready:
             wait_for(lambda: engine.phase is not Phase.STARTING, "warm-up")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            yield Live(engine, client, port)
+            yield Live(engine, client, port, server)
     finally:
         server.should_exit = True
         thread.join(20)
