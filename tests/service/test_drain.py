@@ -36,7 +36,7 @@ def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         model.gate.clear()
         accepted = [pool.submit(live.generate, f"apple {i}", "bus", seed=i) for i in range(8)]
         wait_for(lambda: len(live.server.server_state.tasks) == 8 and model.entered.is_set(), "load")
-        wait_for(lambda: live.metric("t2w_queue_waiting") == 6, "queue")
+        wait_for(lambda: live.metric("t2w_queue_waiting") >= 6, "queue")  # the model has one or two of them
         terminate(live)
         for _ in range(3):  # also on new connections: the socket stays open meanwhile
             late = httpx.post(f"http://127.0.0.1:{live.port}/generate", json={"classes": ["apple", "bus"]})
