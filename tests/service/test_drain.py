@@ -70,8 +70,9 @@ def test_a_drain_has_an_end(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         wait_for(model.entered.is_set, "batch")
         terminate(live)
         wait_for(lambda: has_ended(live), "end of listening")
-        with pytest.raises(httpx.TransportError):
-            stuck.result(5)
+        answer = stuck.result(10)
+        assert answer.status_code == 503
+        assert answer.json()["type"] == "urn:text2weight:problem:draining"
         model.gate.set()
 
 
