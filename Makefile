@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; }
 	@echo "==> installing text2weight and its dependencies (a first download is about 3 GB, mostly torch)"
 	@$(BIN)/uv pip install $(QUIET) --python $(BIN)/python -c constraints.txt -b constraints.txt \
-		-e '.[service,training,distributed]' --group dev
+		-e '.[service,training,distributed,ray,tracing]' --group dev
 	@touch $@
 
 demo: $(STAMP) ## run the main job end to end on real pictures, into out/demo (options: DEMO_ARGS="--images DIR")
