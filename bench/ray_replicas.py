@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=["apple", "bus", "lizard"])
     options = parser.parse_args()
     os.environ.setdefault("T2W_TORCH_THREADS", "1")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(num_cpus=4, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         print(json.dumps(measure(options)), flush=True)
     finally:
@@ -43,7 +43,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     port = free_port()
     started = time.monotonic()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
-    serve.run(build(Scale(min_replicas=2, max_replicas=2)), _blocking=True)
+    serve.run(build(Scale(min_replicas=2, max_replicas=2)))
     ready_s = time.monotonic() - started
     url = f"http://127.0.0.1:{port}"
     victims = replica_processes()
