@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := core service training clients tests hatch_build.py $(wildcard demo bench)
+CODE := core service training clients tests hatch_build.py $(wildcard demo bench deploy)
 # Progress bars on a terminal, silence in a log.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 

@@ -61,7 +61,7 @@ class Worker:
         Raises:
             RuntimeError: the model cannot be used.
         """
-        while self._engine.phase is Phase.STARTING:
+        while self._engine.phase is Phase.STARTING:  # noqa: ASYNC110 the phase changes on another thread
             await asyncio.sleep(_POLL_S)
         if not self._engine.alive:
             raise RuntimeError(f"the model cannot be used: {self._engine.failure}")
@@ -75,8 +75,7 @@ def build(scale: Scale) -> Application:
             than fit into one batch of each replica.
     """
     settings = Settings()
-    deployment = serve.deployment(
-        serve.ingress()(Worker),
+    deploy = serve.deployment(
         name="text2weight",
         autoscaling_config=AutoscalingConfig(
             min_replicas=scale.min_replicas,
@@ -90,7 +89,7 @@ def build(scale: Scale) -> Application:
         health_check_period_s=5,
         health_check_timeout_s=60,
     )
-    return deployment.bind(settings)
+    return deploy(serve.ingress()(Worker)).bind(settings)
 
 
 def _resources(settings: Settings) -> dict[str, float]:
