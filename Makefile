@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := core service training clients tests hatch_build.py $(wildcard demo bench examples)
+CODE := core service training clients tests hatch_build.py $(wildcard demo bench examples deploy)
 # Progress bars on a terminal, silence in a log.
 QUIET := $(if $(MAKE_TERMOUT),,--quiet)
 
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv; }
 	@echo "==> installing text2weight and its dependencies (a first download is about 3 GB, mostly torch)"
 	@$(BIN)/uv pip install $(QUIET) --python $(BIN)/python -c constraints.txt -b constraints.txt \
-		-e '.[service,training,distributed]' --group dev
+		-e '.[service,training,distributed,ray,tracing]' --group dev
 	@touch $@
 
 demo: $(STAMP) ## run the main job end to end on real pictures, into out/demo (options: DEMO_ARGS="--images DIR")

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import structlog
 from fastapi import FastAPI
+from opentelemetry.trace import TracerProvider
 
 from text2weight_service import (
     classify_routes,
@@ -19,16 +20,19 @@ from text2weight_service import (
 )
 from text2weight_service.access import AccessControl, AccessMiddleware
 from text2weight_service.classify import PictureClassifier
-from text2weight_service.engine import Engine
+from text2weight_service.engine import Engine, NotReadyError
 from text2weight_service.middleware import BodyLimitMiddleware, RequestContextMiddleware, SafeHeadersMiddleware
 from text2weight_service.openapi import install_openapi
 from text2weight_service.problems import install_problem_handlers
 from text2weight_service.settings import Settings, unknown_variables
+from text2weight_service.tracing import install_tracer, telemetry
 
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, engine: Engine | None = None, tracer_provider: TracerProvider | None = None
+) -> FastAPI:
     """Build the application.
 
     Its lifespan starts the engine, which loads and warms up in the background while the health routes
@@ -37,6 +41,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     Args:
         settings: the service's settings.
         engine: serves the requests; made from the settings where not given.
+        tracer_provider: takes the spans of requests and stages; none are made where not given.
 
     Raises:
         KeysError: the API keys cannot be used.
@@ -63,8 +68,11 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry=telemetry(tracer_provider),
     )
     app.state.engine = engine
+    install_tracer(app, tracer_provider)
+    engine.metrics.watch_worker(lambda: engine.phase.value, lambda: _build(engine, app.version))
     app.state.classifier = PictureClassifier(settings.max_classes)
     for router in (
         routes.router,
@@ -88,3 +96,17 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.add_middleware(RequestContextMiddleware, metrics=engine.metrics)
     app.add_middleware(SafeHeadersMiddleware, docs_path=app.docs_url or "")
     return app
+
+
+def _build(engine: Engine, version: str) -> dict[str, str] | None:
+    """What runs, for the metric t2w_build_info."""
+    try:
+        model = engine.model
+    except NotReadyError:
+        return None
+    return {
+        "version": version,
+        "checkpoint": model.checkpoint_hash[:12],
+        "text_encoder": model.text_encoder.name,
+        "device": engine.settings.device,
+    }

@@ -22,6 +22,7 @@ from text2weight_service.exchange import HEAD_TYPE, answer_deadline, while_conne
 from text2weight_service.job import Job, plan_work
 from text2weight_service.model import Model
 from text2weight_service.schemas import MAX_SAMPLES, GenerateFields, SamplingFields
+from text2weight_service.tracing import record_stages
 from text2weight_service.work_queue import Generated
 
 MAX_DESCRIPTIONS = 16  # of one class: each is a text to embed
@@ -124,11 +125,13 @@ async def answer_with_heads(
         if client_has(request, tag):
             return Response(status_code=304, headers=cache_headers(tag))
     results = await while_connected(request, [engine.generate(job) for job in jobs])
+    stages = _longest_stages(results)
+    record_stages(request.app, stages)
     return HeadResponse(
         render([result.data for result in results], precision, metadata),
         headers={
             **head_headers(f"head-{jobs[0].seed}", tag, len(warnings)),
-            "Server-Timing": _server_timing(results),
+            "Server-Timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
         },
     )
 
@@ -200,10 +203,10 @@ def _check_descriptions(model: Model, descriptions: Mapping[str, Any]) -> None:
             )
 
 
-def _server_timing(results: Sequence[Generated]) -> str:
-    stages = {
+def _longest_stages(results: Sequence[Generated]) -> dict[str, float]:
+    """Seconds in each stage; of several results the longest."""
+    return {
         "queue": max(result.queue_s for result in results),
         "encode": max(result.encode_s for result in results),
         "sample": max(result.sample_s for result in results),
     }
-    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())

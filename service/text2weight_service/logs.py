@@ -7,6 +7,8 @@ import sys
 
 import structlog
 
+from text2weight_service.tracing import add_trace_id
+
 
 def configure_logging(level: str) -> None:
     """Send the service's and every library's log lines through structlog to stderr.
@@ -16,6 +18,7 @@ def configure_logging(level: str) -> None:
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        add_trace_id,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -36,6 +39,7 @@ def configure_logging(level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.captureWarnings(True)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

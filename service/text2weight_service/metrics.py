@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PHASES = ("starting", "ready", "draining", "failed")
+BUILD_LABELS = ("version", "checkpoint", "text_encoder", "device")
 
 
 class Metrics:
@@ -106,6 +110,8 @@ class Metrics:
         self._running = Gauge("t2w_running", "Requests between their first and last denoiser call.", registry=registry)
         self._waiting = Gauge("t2w_queue_waiting", "Requests waiting for the model now.", registry=registry)
         self._ready = Gauge("t2w_ready", "1 when the worker takes requests.", registry=registry)
+        self._worker = _WorkerCollector()
+        registry.register(self._worker)
 
     def watch(self, waiting: Callable[[], float], running: Callable[[], float], ready: Callable[[], float]) -> None:
         """Read these gauges from the engine whenever they are scraped."""
@@ -113,6 +119,35 @@ class Metrics:
         self._running.set_function(running)
         self._ready.set_function(ready)
 
+    def watch_worker(self, phase: Callable[[], str], build: Callable[[], Mapping[str, str] | None]) -> None:
+        """Read the worker's phase and what it runs whenever they are scraped.
+
+        Args:
+            phase: one of PHASES.
+            build: a value for each of BUILD_LABELS, or None while no model is loaded.
+        """
+        self._worker.phase = phase
+        self._worker.build = build
+
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _WorkerCollector(Collector):
+    """Facts about the worker that its engine knows; each is a gauge that is 1 beside what is true now."""
+
+    def __init__(self) -> None:
+        self.phase: Callable[[], str] = lambda: PHASES[0]
+        self.build: Callable[[], Mapping[str, str] | None] = lambda: None
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        now = self.phase()
+        phases = GaugeMetricFamily("t2w_phase", "1 beside the phase the worker is in.", labels=["phase"])
+        for phase in PHASES:
+            phases.add_metric([phase], float(phase == now))
+        yield phases
+        info = GaugeMetricFamily("t2w_build_info", "Always 1; the labels tell what runs.", labels=BUILD_LABELS)
+        if (build := self.build()) is not None:
+            info.add_metric([build[label] for label in BUILD_LABELS], 1)
+        yield info

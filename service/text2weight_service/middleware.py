@@ -12,8 +12,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from text2weight_service.engine import Phase
 from text2weight_service.metrics import Metrics
-from text2weight_service.problems import Kind, ProblemError, internal_problem, problem_response
+from text2weight_service.problems import Kind, ProblemError, internal_problem, not_ready_problem, problem_response
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +99,10 @@ class RequestContextMiddleware:
                 await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
                 status = _CLIENT_CLOSED
+            except asyncio.CancelledError:  # the time to drain is over
+                if status == _CLIENT_CLOSED:
+                    await problem_response(not_ready_problem(Phase.DRAINING), request_id)(scope, receive, send_with_id)
+                raise
             except Exception as error:
                 log.error("unexpected error", exc_info=error)
                 if status == _CLIENT_CLOSED:  # nothing was sent yet

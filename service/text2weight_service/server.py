@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import resource
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from types import FrameType
 
 import structlog
@@ -21,6 +24,7 @@ from text2weight_service.engine import Engine
 from text2weight_service.logs import configure_logging
 from text2weight_service.metrics import Metrics
 from text2weight_service.settings import Settings
+from text2weight_service.tracing import exporting_provider
 
 # The model's files, Redis, and what libraries keep open.
 _OTHER_FILES = 256
@@ -28,17 +32,32 @@ _OTHER_FILES = 256
 log = structlog.get_logger(__name__)
 
 
-class _DrainingServer(uvicorn.Server):
-    """Reports "draining" from the signal on, while uvicorn still answers open connections."""
+class DrainingServer(uvicorn.Server):
+    """From the signal on answers new requests with 503, and ends when those before it are answered."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
+        self._accepted: set[asyncio.Task[None]] | None = None
+        self._drain_ends_at = math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """React to SIGTERM and SIGINT."""
+        """React to SIGTERM and SIGINT; a second signal ends the wait."""
+        if self._accepted is not None:
+            super().handle_exit(sig, frame)
+            return
         self._engine.begin_drain()
-        super().handle_exit(sig, frame)
+        self._accepted = set(self.server_state.tasks)
+        self._drain_ends_at = time.monotonic() + self._engine.settings.drain_timeout_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell uvicorn, which asks ten times a second, whether to close its sockets and end."""
+        if self._accepted is not None and not self.should_exit:
+            left_s = self._drain_ends_at - time.monotonic()
+            self.should_exit = left_s <= 0 or all(task.done() for task in self._accepted)
+            # What is still open then: answers that clients are slow to read.
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))
+        return await super().on_tick(counter)
 
 
 def run_server(settings: Settings) -> Exception | None:
@@ -51,14 +70,15 @@ def run_server(settings: Settings) -> Exception | None:
         OSError: the address cannot be listened on.
         KeysError: the API keys cannot be used, or there are none and other machines can reach the service.
     """
+    configure_logging(settings.log_level)
     engine = Engine(settings)
-    app = create_app(settings, engine)
+    tracer_provider = exporting_provider(version("text2weight"))
+    app = create_app(settings, engine, tracer_provider)
     has_keys = settings.api_keys is not None or settings.api_keys_file is not None
     check_exposure(settings.http_host, keys=has_keys, allow_anonymous=settings.allow_anonymous)
     listener = _listen(settings.http_host, settings.http_port)
-    configure_logging(settings.log_level)
     _allow_open_files(settings.max_connections + _OTHER_FILES)
-    server = _DrainingServer(server_config(app, settings, engine.metrics), engine)
+    server = DrainingServer(server_config(app, settings, engine.metrics), engine)
 
     def give_up() -> None:
         server.should_exit = True
@@ -67,6 +87,8 @@ def run_server(settings: Settings) -> Exception | None:
     with listener, _ignored(signal.SIGTERM, signal.SIGINT):
         log.info("listening", host=settings.http_host, port=listener.getsockname()[1])
         server.run(sockets=[listener])
+    if tracer_provider is not None:
+        tracer_provider.shutdown()  # sends what waits
     return engine.failure
 
 
@@ -75,6 +97,8 @@ def server_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn
     return uvicorn.Config(
         app,
         http=guarded_protocol(settings, metrics),
+        # Chosen here, or another extra would change it: uvicorn takes what happens to be installed.
+        loop="asyncio",
         ws="none",
         log_config=None,
         access_log=False,

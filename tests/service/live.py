@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
-import uvicorn
+from opentelemetry.trace import TracerProvider
 
 from text2weight_service.app import create_app
 from text2weight_service.engine import Engine, Phase
 from text2weight_service.model import Model
-from text2weight_service.server import server_config
+from text2weight_service.server import DrainingServer, server_config
 from text2weight_service.settings import Settings
 
 
@@ -23,10 +23,11 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 10.0
 
 
 class Live:
-    """A running service: `client` speaks to it, `engine` is its engine."""
+    """A running service: `client` speaks to it, `engine` is its engine, `server` what listens."""
 
-    def __init__(self, engine: Engine, client: httpx.Client, port: int) -> None:
+    def __init__(self, engine: Engine, client: httpx.Client, port: int, server: DrainingServer) -> None:
         self.engine = engine
+        self.server = server
         self.client = client
         self.port = port
 
@@ -43,15 +44,16 @@ def serve(
     *,
     wait_until_ready: bool = True,
     engine_class: type[Engine] = Engine,
+    tracer_provider: TracerProvider | None = None,
     **settings: object,
 ) -> Iterator[Live]:
     """Serve a model with the given settings on a free port."""
     chosen = Settings(http_port=0, **settings)  # type: ignore[arg-type]
     engine = engine_class(chosen, load=load)
-    config = server_config(create_app(chosen, engine), chosen, engine.metrics)
+    config = server_config(create_app(chosen, engine, tracer_provider), chosen, engine.metrics)
     config.port = 0
     config.timeout_graceful_shutdown = 5
-    server = uvicorn.Server(config)
+    server = DrainingServer(config, engine)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
@@ -60,7 +62,7 @@ def serve(
         if wait_until_ready:
             wait_for(lambda: engine.phase is not Phase.STARTING, "warm-up", 60)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            yield Live(engine, client, port)
+            yield Live(engine, client, port, server)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -24,6 +24,7 @@ def test_starting_then_ready(model: FakeModel) -> None:
             assert response.json()["type"] == "urn:text2weight:problem:starting"
             assert int(response.headers["retry-after"]) > 0
         assert live.metric("t2w_ready") == 0
+        assert live.metric("t2w_phase", phase="starting") == 1
         may_load.set()
         wait_for(lambda: live.client.get("/health/ready").status_code == 200, "ready")
         assert live.client.get("/health/ready").json() == {"status": "ready"}
@@ -70,9 +71,14 @@ def test_metrics(live: Live) -> None:
         "t2w_redis_failures_total 0.0",
         "t2w_queue_waiting 0.0",
         "t2w_ready 1.0",
+        't2w_phase{phase="ready"} 1.0',
+        't2w_phase{phase="draining"} 0.0',
     ):
         assert f"\n{line}\n" in response.text, line
     assert "process_resident_memory_bytes" in response.text
+    build = re.findall(r"^t2w_build_info\{(.*)\} 1\.0$", response.text, re.MULTILINE)
+    assert len(build) == 1
+    assert 'checkpoint="c0ffee"' in build[0]
 
 
 def test_labels_are_bounded(live: Live) -> None:

@@ -1,0 +1,89 @@
+"""SIGTERM under load: what was accepted is answered, what comes then is told to go elsewhere, and then it is over."""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.service.fakes import FakeModel
+from tests.service.live import Live, serve, wait_for
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+def terminate(live: Live) -> None:
+    """What uvicorn does on SIGTERM; its own handler works in the main thread only."""
+    live.server.handle_exit(signal.SIGTERM, None)
+
+
+def has_ended(live: Live) -> bool:
+    try:
+        httpx.get(f"http://127.0.0.1:{live.port}/health/live", timeout=5)
+    except httpx.TransportError:
+        return True
+    return False
+
+
+def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
+    with serve(lambda _: model, max_batch_size=2) as live:
+        model.gate.clear()
+        accepted = [pool.submit(live.generate, f"apple {i}", "bus", seed=i) for i in range(8)]
+        wait_for(lambda: len(live.server.server_state.tasks) == 8 and model.entered.is_set(), "load")
+        wait_for(lambda: live.metric("t2w_queue_waiting") >= 6, "queue")  # the model has one or two of them
+        terminate(live)
+        for _ in range(3):  # also on new connections: the socket stays open meanwhile
+            late = httpx.post(f"http://127.0.0.1:{live.port}/generate", json={"classes": ["apple", "bus"]})
+            assert late.status_code == 503
+            assert late.json()["type"] == "urn:text2weight:problem:draining"
+            assert int(late.headers["retry-after"]) > 0
+        assert live.client.get("/health/ready").status_code == 503
+        assert live.client.get("/health/live").status_code == 200
+        assert live.metric("t2w_phase", phase="draining") == 1
+        assert not any(future.done() for future in accepted)
+        model.gate.set()
+        answers = [future.result(20) for future in accepted]
+        assert [answer.status_code for answer in answers] == [200] * 8
+        wait_for(lambda: has_ended(live), "end")
+
+
+def test_an_idle_worker_ends_at_once() -> None:
+    with serve(lambda _: FakeModel()) as live:
+        assert live.generate("apple", "bus").status_code == 200  # and its connection stays open
+        started_at = time.monotonic()
+        terminate(live)
+        wait_for(lambda: has_ended(live), "end")
+        assert time.monotonic() - started_at < live.engine.settings.drain_timeout_s / 4
+
+
+def test_a_drain_has_an_end(model: FakeModel, pool: ThreadPoolExecutor) -> None:
+    """A request that does not finish in time does not hold the worker up."""
+    with serve(lambda _: model, drain_timeout_s=0.2) as live:
+        model.gate.clear()
+        stuck = pool.submit(live.generate, "apple", "bus")
+        wait_for(model.entered.is_set, "batch")
+        terminate(live)
+        wait_for(lambda: has_ended(live), "end of listening")
+        answer = stuck.result(10)
+        assert answer.status_code == 503
+        assert answer.json()["type"] == "urn:text2weight:problem:draining"
+        model.gate.set()
+
+
+def test_a_second_signal_does_not_wait(model: FakeModel, pool: ThreadPoolExecutor) -> None:
+    with serve(lambda _: model) as live:
+        model.gate.clear()
+        running = pool.submit(live.generate, "apple", "bus")
+        wait_for(model.entered.is_set, "batch")
+        terminate(live)
+        assert not has_ended(live)
+        terminate(live)
+        wait_for(lambda: has_ended(live), "end")
+        model.gate.set()
+        assert running.result(20).status_code == 200
