@@ -23,7 +23,7 @@ from text2weight_client.client import DEFAULT_MAX_RETRIES
 
 CALLERS = 6
 # Enough for the restart of a lone worker; the client's default bridges about two seconds.
-PATIENT_RETRIES = 12
+PATIENT_RETRIES = 60
 REDIS_START_S = 10.0
 # The service's own limit must come before the client's, so that a forgotten request can be told from a slow one.
 REQUEST_TIMEOUT_S = 15.0

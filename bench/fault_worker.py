@@ -18,6 +18,7 @@ from demo.service_process import ServiceProcess, free_port
 from text2weight_client import Client
 
 EXIT_WAIT_S = 30.0
+CLOCK_READ_S = 1  # how often libfaketime looks at its file
 JUMPS_S = (3_600, -86_400)
 COPY_BYTES = 65_536
 
@@ -62,13 +63,15 @@ async def clock_jump(scene: Scene) -> Row:
     worker = scene.worker(
         LD_PRELOAD=str(library),
         FAKETIME_TIMESTAMP_FILE=str(offset),
-        FAKETIME_NO_CACHE="1",
+        FAKETIME_CACHE_DURATION=str(CLOCK_READ_S),
+        NO_FAKE_STAT="1",
         FAKETIME_DONT_FAKE_MONOTONIC="1",
     )
     row, seen = Row(), []
     async with scene.load(worker.url, row):
         for jump_s in JUMPS_S:
             _set_clock(offset, jump_s)
+            await asyncio.sleep(CLOCK_READ_S)
             await scene.rest()
             seen.append(await _clock_offset_s(worker.url))
     row.facts["Date header off by, s"] = seen
@@ -81,7 +84,7 @@ async def clock_jump(scene: Scene) -> Row:
 
 def _faketime_library() -> Path | None:
     """The library as Debian installs it."""
-    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 
 
 def _set_clock(file: Path, offset_s: int) -> None:
@@ -99,7 +102,7 @@ async def _clock_offset_s(url: str) -> int:
 
 async def _one_of_two(scene: Scene, number: signal.Signals) -> Row:
     row, workers = Row(), [scene.worker(), scene.worker()]
-    async with _proxy([worker.url for worker in workers]) as url:
+    async with proxy([worker.url for worker in workers]) as url:
         async with scene.load(url, row):
             row.facts.update(await _end(workers[0], number))
             await scene.rest()
@@ -164,7 +167,7 @@ async def _ready(url: str) -> None:
 
 
 @asynccontextmanager
-async def _proxy(urls: list[str]) -> AsyncIterator[str]:
+async def proxy(urls: list[str]) -> AsyncIterator[str]:
     """A TCP proxy that gives each connection to the next worker, or to another where that one refuses it."""
     ports = [int(url.rpartition(":")[2]) for url in urls]
     turn = 0

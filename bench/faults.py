@@ -19,6 +19,8 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import httpx
+
 from bench import fault_bodies, fault_network, fault_redis, fault_worker
 from bench.fault_scene import FULL, QUICK, Row, Scene, Sizes
 from bench.timing import significant
@@ -26,6 +28,7 @@ from bench.workload import known_names
 from demo.service_process import ServiceError
 from text2weight.checkpoint import bundled_checkpoint, read_config
 from text2weight.errors import Text2WeightError
+from text2weight_client import Text2WeightClientError
 
 Fault = Callable[[Scene], Awaitable[Row]]
 FAULTS: dict[str, Fault] = {
@@ -94,7 +97,7 @@ def play(name: str, checkpoint: Path, names: tuple[str, ...], sizes: Sizes) -> R
     with tempfile.TemporaryDirectory() as folder, Scene(checkpoint, names, Path(folder), sizes) as scene:
         try:
             row = asyncio.run(FAULTS[name](scene))
-        except (ServiceError, OSError) as error:
+        except (ServiceError, Text2WeightClientError, httpx.HTTPError, OSError) as error:
             row = Row(complaints=[f"{type(error).__name__}: {error}"])
     row.fault = name
     if not row.skipped:
