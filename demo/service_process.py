@@ -14,7 +14,7 @@ from pathlib import Path
 
 from text2weight_client import APITimeoutError, Client
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 SHOWN_LOG_LINES = 30
 
