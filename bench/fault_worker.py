@@ -18,7 +18,7 @@ from bench.timing import significant
 from demo.service_process import START_TIMEOUT_S, ServiceProcess, free_port
 from text2weight_client import Client
 
-EXIT_WAIT_S = 30.0
+EXIT_WAIT_S = 60.0
 JUMPS_S = (3_600, -86_400)
 CLOSE_S = 60
 COPY_BYTES = 65_536
