@@ -17,7 +17,7 @@ from text2weight_client import APIConnectionError, APIError, APITimeoutError, As
 
 FEWEST_CLASSES, MOST_CLASSES = 2, 32
 # A worker answers 504 before this, so a client that waits longer was forgotten.
-CLIENT_TIMEOUT_S = 20.0
+CLIENT_TIMEOUT_S = 40.0
 CONNECTIONS = 100
 PAUSE_S = 0.05  # rest of a caller between two requests
 
