@@ -7,14 +7,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from text2weight_client import APITimeoutError, Client
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 10.0
 SHOWN_LOG_LINES = 30
 
@@ -56,19 +56,25 @@ class ServiceProcess:
 
 
 @contextmanager
-def running_service(checkpoint: Path | None, log_path: Path) -> Iterator[ServiceProcess]:
-    """Start the service on a free port of this machine; it is stopped in any case when the block is left.
+def running_service(
+    checkpoint: Path | None, log_path: Path, *, port: int | None = None, variables: Mapping[str, str] | None = None
+) -> Iterator[ServiceProcess]:
+    """Start the service on this machine; it is stopped in any case when the block is left.
 
     Args:
         checkpoint: its folder; None for the bundled one.
         log_path: receives all that the service prints.
+        port: where it listens; None for a free one.
+        variables: its settings and whatever else its environment should have.
     """
-    port = _free_port()
+    port = free_port() if port is None else port
     command = [sys.executable, "-m", "text2weight_client.cli", "serve"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
-    # The demo shows the defaults, whatever settings this shell has.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("T2W_")}
+    # The defaults and what the caller set, whatever settings this shell has.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("T2W_")} | dict(
+        variables or {}
+    )
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -82,7 +88,8 @@ def running_service(checkpoint: Path | None, log_path: Path) -> Iterator[Service
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

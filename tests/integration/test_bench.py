@@ -12,11 +12,12 @@ import open_clip
 import pytest
 from safetensors.torch import save_file
 
-from bench import http_overhead, latency, mixed_load, run, sampler_cost, throughput, timing, zoo_rate
+from bench import faults, http_overhead, latency, mixed_load, run, sampler_cost, soak, throughput, timing, zoo_rate
 from tests.tiny import TINY_DIM, TINY_NAMES, save_tiny_checkpoint
 from text2weight import checkpoint as checkpoint_module
 from text2weight.checkpoint import TextEncoderConfig
 from text2weight.denoiser import DenoiserConfig
+from text2weight.diffusion import NoiseSchedule
 from text2weight.errors import CheckpointError
 
 # Real processes start here, each importing torch and open_clip: on a machine that is busy, that alone takes a minute.
@@ -38,7 +39,8 @@ TINY_SIZES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "checkpoint"
-    save_tiny_checkpoint(folder, classes=TINY_NAMES)
+    # Enough steps for the longest requests of the soak.
+    save_tiny_checkpoint(folder, classes=TINY_NAMES, schedule=NoiseSchedule(num_timesteps=1000))
     return folder
 
 
@@ -178,3 +180,30 @@ def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert (
         "choose among latency, throughput, mixed_load, http_overhead, sampler_cost, zoo_rate" in capsys.readouterr().err
     )
+
+
+def test_soak_of_three_seconds(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "soak.png"
+    code = soak.main(["--minutes", "0.05", "--checkpoint", str(model), "--figure", str(picture)])
+    printed = capsys.readouterr()
+    *lines, verdict = [json.loads(line) for line in printed.out.splitlines()]
+    assert code == (0 if verdict["passed"] else 1), printed.err
+    assert len(lines) == 12
+    assert all(line["rss_mb"] > 0 and line["files"] > 0 and line["threads"] > 0 for line in lines)
+    assert verdict["requests"] >= sum(line["requests"] for line in lines) > 0
+    assert verdict["failed"] == 0, verdict["failures"]
+    assert verdict["load_per_s"] == pytest.approx(0.8 * verdict["capacity_per_s"], rel=1e-3)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_fault(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Spoilt bodies: as many as asked for, each answered with a head or a documented problem."""
+    code = faults.main(["--quick", "--only", "json-bodies", "--checkpoint", str(model)])
+    printed = capsys.readouterr()
+    [row] = [json.loads(line) for line in printed.out.splitlines()]
+    assert (code, row["complaints"]) == (0, []), row
+    assert row["sent"] == 60
+    assert row["answered"] + sum(row["errors"].values()) + sum(row["broken"].values()) == 60
+    assert row["errors"]["422 invalid-input"] > 0
+    assert row["facts"]["made by Schemathesis"] > 0
+    assert "| json-bodies | 60 |" in printed.err
