@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import structlog
 
 from tests.service.fakes import WARM_UP, FakeModel
 from tests.service.heads import same_head
@@ -18,6 +19,13 @@ from tests.service.live import Live, serve, wait_for
 from text2weight.artifact import read_head
 
 Post = Callable[..., "Future[httpx.Response]"]
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    """Tracebacks are not rendered: that takes seconds."""
+    with structlog.testing.capture_logs():
+        yield
 
 
 @pytest.fixture
