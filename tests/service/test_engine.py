@@ -152,7 +152,7 @@ def test_a_broken_request_fails_alone(live: Live, model: FakeModel, pool: Thread
     assert problem["request_id"] == responses[2].headers["x-request-id"]
     assert "secret" not in responses[2].text
     assert "exploded" not in responses[2].text
-    assert (live.metric("t2w_batch_failures_total") > 0) == (culprit == "broken")
+    assert culprit != "broken" or live.metric("t2w_batch_failures_total") > 0
     assert live.client.get("/health/live").status_code == 200
     assert live.generate("apple", "bus").status_code == 200
 
