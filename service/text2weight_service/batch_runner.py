@@ -141,8 +141,14 @@ class BatchRunner:
         """Move members on in one call; where that fails, in smaller ones. Returns how many the model failed on."""
         try:
             spent = self._advance([one.sample for one in members], rows)
-        except Exception as error:
-            return self._recover(members, rows, error)
+        except Exception as caught:
+            error = caught
+        else:
+            return self._moved(members, rows, spent)
+        return self._recover(members, rows, error)  # out here, or each error would carry the ones before it
+
+    def _moved(self, members: Sequence[Running], rows: int, spent: float) -> int:
+        """Count a call that succeeded and tell who watches; returns how many the model failed on."""
         self.times.add(members[0].shape, rows, spent)
         self._metrics.stage_seconds.labels("sample").observe(spent)
         self._metrics.batch_size.observe(len(members))

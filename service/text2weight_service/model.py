@@ -151,6 +151,7 @@ def load_model(settings: Settings) -> Model:
     from text2weight.generator import Generator
 
     # A container's quota is unknown to torch: with a thread for every core of the machine it would mostly wait.
-    torch.set_num_threads(settings.torch_threads or usable_cores())
+    # OMP_NUM_THREADS, which torch reads, may ask for fewer.
+    torch.set_num_threads(settings.torch_threads or min(torch.get_num_threads(), usable_cores()))
     path: str | Path = settings.checkpoint if settings.checkpoint is not None else bundled_checkpoint()
     return Generator.load(path, device=settings.device)

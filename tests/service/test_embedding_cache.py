@@ -49,7 +49,8 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 def served(model: FakeModel, url: str) -> "contextmanager[Live]":
     # A generous timeout: a busy test machine must not turn a working Redis into a slow one.
-    return serve(lambda _: model, redis_url=url, redis_timeout_s=1.0)
+    # Heads have a cache of their own, with tests of its own.
+    return serve(lambda _: model, redis_url=url, redis_timeout_s=1.0, head_cache_mb=0)
 
 
 @needs_redis

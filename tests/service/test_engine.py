@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+import structlog
 
 from tests.service.fakes import WARM_UP, FakeModel
 from tests.service.heads import same_head
@@ -18,6 +19,13 @@ from tests.service.live import Live, serve, wait_for
 from text2weight.artifact import read_head
 
 Post = Callable[..., "Future[httpx.Response]"]
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> Iterator[None]:
+    """Tracebacks are not rendered: that takes seconds."""
+    with structlog.testing.capture_logs():
+        yield
 
 
 @pytest.fixture
@@ -144,7 +152,7 @@ def test_a_broken_request_fails_alone(live: Live, model: FakeModel, pool: Thread
     assert problem["request_id"] == responses[2].headers["x-request-id"]
     assert "secret" not in responses[2].text
     assert "exploded" not in responses[2].text
-    assert (live.metric("t2w_batch_failures_total") > 0) == (culprit == "broken")
+    assert culprit != "broken" or live.metric("t2w_batch_failures_total") > 0
     assert live.client.get("/health/live").status_code == 200
     assert live.generate("apple", "bus").status_code == 200
 
