@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -16,6 +17,16 @@ from tests.service.live import Live, serve, wait_for
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as executor:
         yield executor
+
+
+@contextmanager
+def held(model: FakeModel) -> Iterator[None]:
+    """Keep the model busy; a test that fails meanwhile lets it go."""
+    model.gate.clear()
+    try:
+        yield
+    finally:
+        model.gate.set()
 
 
 def terminate(live: Live) -> None:
@@ -33,21 +44,19 @@ def has_ended(live: Live) -> bool:
 
 def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
     with serve(lambda _: model, max_batch_size=2) as live:
-        model.gate.clear()
-        accepted = [pool.submit(live.generate, f"apple {i}", "bus", seed=i) for i in range(8)]
-        wait_for(lambda: len(live.server.server_state.tasks) == 8 and model.entered.is_set(), "load")
-        wait_for(lambda: live.metric("t2w_queue_waiting") >= 6, "queue")  # the model has one or two of them
-        terminate(live)
-        for _ in range(3):  # also on new connections: the socket stays open meanwhile
-            late = httpx.post(f"http://127.0.0.1:{live.port}/generate", json={"classes": ["apple", "bus"]})
+        with held(model):
+            accepted = [pool.submit(live.generate, f"apple {i}", "bus", seed=i) for i in range(8)]
+            wait_for(lambda: live.metric("t2w_queue_waiting") + sum(map(len, model.batches)) == 8, "load", timeout_s=20)
+            terminate(live)
+            with httpx.Client(base_url=live.client.base_url, timeout=20) as newcomer:  # the socket stays open
+                late = newcomer.post("/generate", json={"classes": ["apple", "bus"]})
             assert late.status_code == 503
             assert late.json()["type"] == "urn:text2weight:problem:draining"
             assert int(late.headers["retry-after"]) > 0
-        assert live.client.get("/health/ready").status_code == 503
-        assert live.client.get("/health/live").status_code == 200
-        assert live.metric("t2w_phase", phase="draining") == 1
-        assert not any(future.done() for future in accepted)
-        model.gate.set()
+            assert live.client.get("/health/ready").status_code == 503
+            assert live.client.get("/health/live").status_code == 200
+            assert live.metric("t2w_phase", phase="draining") == 1
+            assert not any(future.done() for future in accepted)
         answers = [future.result(20) for future in accepted]
         assert [answer.status_code for answer in answers] == [200] * 8
         wait_for(lambda: has_ended(live), "end")
@@ -64,8 +73,7 @@ def test_an_idle_worker_ends_at_once() -> None:
 
 def test_a_drain_has_an_end(model: FakeModel, pool: ThreadPoolExecutor) -> None:
     """A request that does not finish in time does not hold the worker up."""
-    with serve(lambda _: model, drain_timeout_s=0.2) as live:
-        model.gate.clear()
+    with serve(lambda _: model, drain_timeout_s=0.2) as live, held(model):
         stuck = pool.submit(live.generate, "apple", "bus")
         wait_for(model.entered.is_set, "batch")
         terminate(live)
@@ -73,12 +81,10 @@ def test_a_drain_has_an_end(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         answer = stuck.result(10)
         assert answer.status_code == 503
         assert answer.json()["type"] == "urn:text2weight:problem:draining"
-        model.gate.set()
 
 
 def test_a_second_signal_does_not_wait(model: FakeModel, pool: ThreadPoolExecutor) -> None:
-    with serve(lambda _: model) as live:
-        model.gate.clear()
+    with serve(lambda _: model) as live, held(model):
         running = pool.submit(live.generate, "apple", "bus")
         wait_for(model.entered.is_set, "batch")
         terminate(live)
