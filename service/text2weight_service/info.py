@@ -44,6 +44,7 @@ class Limits(BaseModel):
     max_samples: int = Field(description="heads in one request")
     max_tasks: int = Field(description="tasks that one head is made for")
     max_body_bytes: int = Field(description="size of a JSON body")
+    max_upload_bytes: int = Field(description="size of a multipart body")
     request_timeout_s: float = Field(description="from first byte of a request to its answer")
     max_seed: int = Field(description="seed")
     max_name_length: int = Field(description="characters of a class name")
@@ -90,6 +91,7 @@ def describe_service(model: Model, settings: Settings, phase: str, version: str)
             max_samples=MAX_SAMPLES,
             max_tasks=MAX_TASKS,
             max_body_bytes=settings.max_body_bytes,
+            max_upload_bytes=settings.max_upload_bytes,
             request_timeout_s=settings.request_timeout_s,
             max_seed=MAX_SEED,
             max_name_length=MAX_NAME_LENGTH,
