@@ -50,6 +50,7 @@ class Limits:
     max_samples: int
     max_tasks: int
     max_body_bytes: int
+    max_upload_bytes: int
     request_timeout_s: float
     max_seed: int
     max_name_length: int

@@ -82,6 +82,7 @@ INFO: dict[str, Any] = {
         "max_samples": 16,
         "max_tasks": 16,
         "max_body_bytes": 262144,
+        "max_upload_bytes": 16777216,
         "request_timeout_s": 20.0,
         "max_seed": 2**63 - 1,
         "max_name_length": 200,

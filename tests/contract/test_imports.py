@@ -78,7 +78,7 @@ def allowed_distributions(room: str) -> set[str]:
     distributed = declared_distributions("distributed")
     return {
         "text2weight": (base | (service & training)) - NOT_FOR_CORE,
-        "text2weight_service": base | service,
+        "text2weight_service": base | service | declared_distributions("ray", "tracing"),
         "text2weight_training": base | training | distributed,
         "text2weight_client": base | {"torch"},  # torch: inside functions only, tested below
     }[room]
