@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from structlog.testing import capture_logs
+
 from bench.http_load import OK, Connections, request_bytes
 from bench.timing import significant
 from bench.workload import draw_classes, known_names, warm_service
@@ -51,7 +53,8 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
         [(draw_classes(names, source), source.getrandbits(32)) for _ in range(sizes.requests)]
         for _ in range(1 + sizes.rounds)
     ]
-    engine = asyncio.run(_bare_engine(checkpoint, names, rounds))
+    with capture_logs():  # this process prints results and nothing else
+        engine = asyncio.run(_bare_engine(checkpoint, names, rounds))
     with warm_service(checkpoint, names) as url:
         uncached, cached = asyncio.run(_over_http(url, rounds))
     return {

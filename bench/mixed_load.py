@@ -12,6 +12,7 @@ import asyncio
 import importlib.util
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -170,11 +171,12 @@ def _litserve(checkpoint: Path) -> Iterator[str]:
             _wait_until_it_answers(url, process, log_path)
             yield url
         finally:
-            process.terminate()
+            # All of its processes, which share a session of their own.
+            os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
@@ -183,7 +185,8 @@ def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log_path:
 
     async def ask() -> int:
         connections = Connections(url)
-        status = await connections.ask(request_bytes("/predict", body))
+        async with asyncio.timeout(START_TIMEOUT_S):
+            status = await connections.ask(request_bytes("/predict", body))
         await connections.close()
         return status
 

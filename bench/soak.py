@@ -261,7 +261,7 @@ def draw(record: Record, seconds: float, path: Path) -> None:
 
     figure, (memory, latency) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), layout="constrained")
     memory.plot([sample.at_s / 60 for sample in record.samples], [sample.rss_mb for sample in record.samples])
-    memory.set(ylabel="memory of the worker, MB", ylim=(0, None))
+    memory.set(ylabel="memory of the worker, MB", ylim=(0, 1.2 * max(sample.rss_mb for sample in record.samples)))
     width = min(LINE_S, seconds / 12)
     for kind in KINDS:
         fates = [fate for fate in record.fates if fate.kind == kind.name]
