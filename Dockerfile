@@ -40,6 +40,9 @@ COPY clients clients
 COPY service service
 COPY models models
 RUN /opt/uv/bin/uv pip install --python /opt/text2weight/bin/python --no-deps -c constraints.txt -b constraints.txt . \
+    # uv's note of when it built the package.
+    && rm /opt/text2weight/lib/python3*/site-packages/text2weight-*.dist-info/uv_cache.json \
+    && sed -i '/uv_cache.json/d' /opt/text2weight/lib/python3*/site-packages/text2weight-*.dist-info/RECORD \
     # Bytecode that is never checked against the time of its source: the root is read-only, and times are all equal.
     && /opt/text2weight/bin/python -m compileall -q -j 0 -x 'py31[2-9]_' --invalidation-mode unchecked-hash /opt/text2weight/lib \
     && find /opt/text2weight -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} + \
