@@ -1,7 +1,9 @@
+import logging
 import os
 from collections.abc import Iterator
 
 import pytest
+import structlog
 
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve
@@ -12,6 +14,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables of the machine must not change what a test sees."""
     for name in [name for name in os.environ if name.upper().startswith("T2W_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def default_logging() -> Iterator[None]:
+    """A command that runs within a test sets logging up, to a stream that ends with the test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
 
 
 @pytest.fixture

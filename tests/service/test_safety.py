@@ -2,15 +2,12 @@
 
 import io
 import json
-import logging
 import re
 import socket
 import sys
-from collections.abc import Iterator
 
 import httpx
 import pytest
-import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -26,17 +23,12 @@ EVIL = [f"x\n{FORGED}", f"x\r{FORGED}", f"x\u2028{FORGED}", f"x\x85{FORGED}", "x
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a service writes to stderr, with logging set up as in `t2w serve`."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     written = io.StringIO()
     monkeypatch.setattr(sys, "stderr", written)
     configure_logging("debug")
-    yield written
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
+    return written
 
 
 def raw(port: int, request: bytes) -> bytes:
