@@ -30,9 +30,17 @@ class Connections:
 
     async def ask(self, request: bytes) -> int:
         """Send a request and read the whole answer; returns its status."""
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
-        writer.write(request)
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        while True:
+            reused = bool(self._idle)
+            reader, writer = self._idle.pop() if reused else await asyncio.open_connection(self._host, self._port)
+            try:
+                writer.write(request)
+                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                break
+            except (asyncio.IncompleteReadError, ConnectionError):
+                writer.close()
+                if not reused:  # else the server had closed it for being idle, which is no failure
+                    raise
         length = int(head.split("content-length:", 1)[1].split("\r\n", 1)[0])
         await reader.readexactly(length)
         if "connection: close" in head:
