@@ -46,7 +46,7 @@ def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
     with serve(lambda _: model, max_batch_size=2) as live:
         with held(model):
             accepted = [pool.submit(live.generate, f"apple {i}", "bus", seed=i) for i in range(8)]
-            wait_for(lambda: live.metric("t2w_queue_waiting") + sum(map(len, model.batches)) == 8, "load", timeout_s=20)
+            wait_for(lambda: live.metric("t2w_queue_waiting") + live.metric("t2w_running") == 8, "load", timeout_s=20)
             terminate(live)
             with httpx.Client(base_url=live.client.base_url, timeout=20) as newcomer:  # the socket stays open
                 late = newcomer.post("/generate", json={"classes": ["apple", "bus"]})
