@@ -395,13 +395,11 @@ class Generator:
 
     def finish(self, sample: Sample) -> HeadArtifact:
         """The head of a sample that is done."""
-        weights = self._space.restore(sample.noisy[None])[0].cpu()  # (P,)
-        return self._to_artifact(sample.request, sample.start.finish(self.config.head, weights))
+        return self._to_head(sample, sample.noisy)
 
     def preview(self, sample: Sample) -> HeadArtifact:
         """The head that the last denoiser call of a sample estimated, to watch a sampler at work."""
-        weights = self._space.restore(sample.estimate[None])[0].cpu()  # (P,)
-        return self._to_artifact(sample.request, sample.start.finish(self.config.head, weights))
+        return self._to_head(sample, sample.estimate)
 
     def generate_batch(
         self,
@@ -430,6 +428,11 @@ class Generator:
                 shown = [self._space.restore(torch.stack(rows)).cpu() for rows in (before, estimates)]  # 2 x (b, P)
                 on_call(DenoiserCall(tuple(active), timesteps, *shown))
         return [self.finish(sample) for sample in samples]
+
+    def _to_head(self, sample: Sample, numbers: Tensor) -> HeadArtifact:
+        """A sample's head from numbers (P,) in the sampler's space."""
+        weights = self._space.restore(numbers[None])[0].cpu()  # (P,)
+        return self._to_artifact(sample.request, sample.start.finish(self.config.head, weights))
 
     def _to_artifact(self, request: GenerationRequest, weights: Tensor) -> HeadArtifact:
         tensors = {name: tensor.clone() for name, tensor in self.config.head.unflatten(weights).items()}

@@ -13,6 +13,7 @@ from text2weight.condition import MAX_NAME_LENGTH
 from text2weight.generator import MAX_SEED
 from text2weight.samplers import SAMPLERS
 from text2weight.text_encoder import TableTextEncoder
+from text2weight_service.classify import backbone_folder
 from text2weight_service.model import Model
 from text2weight_service.schemas import MAX_SAMPLES, MAX_TASKS, FuseMethod
 from text2weight_service.settings import Settings
@@ -100,7 +101,7 @@ def describe_service(model: Model, settings: Settings, phase: str, version: str)
             guidance=model.config.denoiser.null_condition,
             descriptions=not isinstance(model.text_encoder, TableTextEncoder),
             enhance_reads_given=model.config.denoiser.reads_given,
-            classify=(model.path / "backbone" / "config.json").is_file(),
+            classify=backbone_folder(model) is not None,
         ),
         known_classes=None if vocabulary is None else list(vocabulary.names),
         formats=[FORMAT, STACK_FORMAT],

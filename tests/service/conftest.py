@@ -7,6 +7,7 @@ import structlog
 
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve
+from tests.service.redis_server import RedisServer, redis_server
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +47,17 @@ def shared_live() -> Iterator[Live]:
     """One service for a module of tests that must leave it unharmed."""
     with serve(lambda _: FakeModel(), max_body_bytes=200_000) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis of a test module's own; `server` is the same, emptied for each test."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_server: RedisServer) -> RedisServer:
+    with shared_server.connected() as client:
+        client.flushall()
+    return shared_server

@@ -4,12 +4,12 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import closing, suppress
 
 import pytest
 
-from tests.service.redis_server import RedisServer, needs_redis, redis_server
+from tests.service.redis_server import RedisServer, needs_redis
 from text2weight_service import redis_store
 from text2weight_service.metrics import Metrics
 from text2weight_service.redis_store import BreakerState, RedisStore
@@ -20,19 +20,6 @@ GRACE_S = 0.3
 PAUSE_S = 0.2
 
 pytestmark = needs_redis
-
-
-@pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def server(shared_server: RedisServer) -> RedisServer:
-    with shared_server.connected() as client:
-        client.flushall()
-    return shared_server
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """`t2w warm`: what lands in Redis, what a worker makes of it, and which tables are refused."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from tests.service.fakes import FakeModel, unit_vector
 from tests.service.live import serve
-from tests.service.redis_server import RedisServer, needs_redis, redis_server
+from tests.service.redis_server import RedisServer, needs_redis
 from tests.service.tiny import NAMES, write_tiny_checkpoint
 from text2weight.text_encoder import EmbeddingTable, write_embedding_tables
 from text2weight_service import warm as warm_module
@@ -18,19 +18,6 @@ from text2weight_service.warm import Source, WarmError, names_source, table_sour
 from text2weight_service.warm_cli import warm_app
 
 CLASSES = [f"class {i}" for i in range(300)]
-
-
-@pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture
-def server(shared_server: RedisServer) -> RedisServer:
-    with shared_server.connected() as client:
-        client.flushall()
-    return shared_server
 
 
 def write_table(
