@@ -54,6 +54,8 @@ def test_zoo_fit_and_evaluate_one_after_the_other(toy: Toy, inputs: list[str], t
     assert fitted.exit_code == 0, fitted.output
     assert "after 4 steps" in fitted.output
     assert (tmp_path / "checkpoint-state.pt").is_file()
+    again = run(fit_app, "--zoo", zoo, *inputs, "--out", checkpoint)
+    assert_one_line_error(again, "checkpoint-state.pt holds a fit: add --resume to go on from it, or remove it")
     resumed = run(fit_app, "--zoo", zoo, *inputs, "--out", checkpoint, "--resume")
     assert resumed.exit_code == 0, resumed.output
     out = tmp_path / "evaluation.json"

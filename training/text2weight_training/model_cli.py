@@ -88,12 +88,16 @@ def fit_command(
     Example: t2w fit --zoo runs/a/zoo --features cifar100.safetensors --text text.safetensors#cifar100.a
     --out runs/a/checkpoint --minutes 20
     """
+    from text2weight_training.files import TrainingDataError
     from text2weight_training.fit import Fit
     from text2weight_training.zoo import load_zoo
 
     device = check_device(device)
+    state = out.with_name(f"{out.name}-state.pt")
+    if state.exists() and not resume:
+        raise TrainingDataError(f"{state} holds a fit: add --resume to go on from it, or remove it to start anew")
     data, settings = _load(features, text, template, preset, condition_text)
-    fit = Fit(data, load_zoo(zoo), settings, out.with_name(f"{out.name}-state.pt"), device)
+    fit = Fit(data, load_zoo(zoo), settings, state, device)
     if resume and not fit.resume():
         typer.echo(f"no saved state for {out}: starting anew")
     fit.run(minutes)
