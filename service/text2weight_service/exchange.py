@@ -30,7 +30,8 @@ _HEAD_HEADERS = {
 }
 
 
-def _engine(request: Request) -> Engine:
+async def _engine(request: Request) -> Engine:
+    # A plain function would run on a thread of the pool, which costs more than the rest of a route.
     engine: Engine = request.app.state.engine
     return engine
 
