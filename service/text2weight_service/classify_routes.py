@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from text2weight_service.classify import MAX_PICTURES, ClassifyJob, PictureClassifier, backbone_folder
 from text2weight_service.engine import Phase
-from text2weight_service.exchange import EngineDependency, body_deadline, problem_docs
+from text2weight_service.exchange import EngineDependency, answer_deadline, problem_docs
 from text2weight_service.multipart import PartRule, read_parts
 from text2weight_service.problems import Kind, ProblemError, not_ready_problem
 
@@ -38,7 +38,7 @@ class Classification(BaseModel):
     images: list[ClassifiedPicture] = Field(description="one entry per picture, in the order of the request")
 
 
-def _classifier(request: Request) -> PictureClassifier:
+async def _classifier(request: Request) -> PictureClassifier:
     classifier: PictureClassifier = request.app.state.classifier
     return classifier
 
@@ -83,7 +83,7 @@ async def classify(
 
     The head must be made for that backbone. Pictures are turned upright by their EXIF orientation.
     """
-    deadline = body_deadline(request, engine)
+    deadline = answer_deadline(request, engine, None)
     if engine.phase is not Phase.READY:
         raise not_ready_problem(engine.phase)
     folder = backbone_folder(engine.model)
@@ -93,7 +93,7 @@ async def classify(
     most = engine.settings.max_upload_bytes
     rules = {"head": PartRule(1, 1, most), "image": PartRule(1, MAX_PICTURES, most)}
     with classifier.place():
-        parts = await read_parts(request, rules, deadline)
+        parts = await read_parts(request, rules)
         pictures = parts["image"]
         job = ClassifyJob(parts["head"][0].data, [picture.data for picture in pictures], folder, name, deadline)
         ranked = await classifier.classify(job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from text2weight_service.exchange import EngineDependency, body_deadline, body_docs, head_docs, parse_json
+from text2weight_service.exchange import EngineDependency, body_docs, head_docs, parse_json
 from text2weight_service.heads import HeadResponse, answer_with_heads, new_job
 from text2weight_service.multipart import read_parts
 from text2weight_service.schemas import EnhanceRequest
@@ -31,7 +31,7 @@ async def enhance(request: Request, engine: EngineDependency) -> Response:
     """
     model = engine.model
     rules = upload_rules(model, engine.settings.max_body_bytes, heads=1)
-    parts = await read_parts(request, rules, body_deadline(request, engine))
+    parts = await read_parts(request, rules)
     body = parse_json(parts["request"][0].data, EnhanceRequest)
     head = read_upload(model, parts["head"][0].data, "head")
     classes = head.classes if body.classes is None else body.classes

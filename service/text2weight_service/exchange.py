@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine, Sequence
 from email.message import Message as MailMessage
 from typing import Annotated, Any, TypeVar
@@ -14,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from text2weight.errors import InvalidInputError
 from text2weight_service.engine import Engine
-from text2weight_service.problems import MEDIA_TYPE, Kind, ProblemError, body_timeout_problem, invalid_body
+from text2weight_service.problems import MEDIA_TYPE, Kind, ProblemError, invalid_body
 
 Body = TypeVar("Body", bound=BaseModel)
 Result = TypeVar("Result")
@@ -30,7 +29,8 @@ _HEAD_HEADERS = {
 }
 
 
-def _engine(request: Request) -> Engine:
+async def _engine(request: Request) -> Engine:
+    # A plain function would run on a thread of the pool, which costs more than the rest of a route.
     engine: Engine = request.app.state.engine
     return engine
 
@@ -77,38 +77,28 @@ def body_docs(model: type[BaseModel] | None, parts: dict[str, Any] | None = None
     return {"requestBody": {"required": True, "content": content}}
 
 
-def body_deadline(request: Request, engine: Engine) -> float:
-    """`time.monotonic()` at which the worker's own timeout for a request is over."""
-    return float(request.state.started_at + engine.settings.request_timeout_s)
-
-
 def answer_deadline(request: Request, engine: Engine, deadline_ms: int | None) -> float:
     """`time.monotonic()` at which the caller gives up.
 
     Raises:
         InvalidInputError: field "deadline_ms"; more than the worker's own timeout.
     """
-    longest = int(engine.settings.request_timeout_s * 1000)
     if deadline_ms is None:
-        return body_deadline(request, engine)
+        return float(request.state.started_at + engine.settings.request_timeout_s)
+    longest = int(engine.settings.request_timeout_s * 1000)
     if deadline_ms > longest:
         raise InvalidInputError("deadline_ms", f"deadline_ms is {deadline_ms}: allowed are 1 to {longest}")
     return float(request.state.started_at + deadline_ms / 1000)
 
 
-async def read_json(request: Request, model: type[Body], deadline: float) -> Body:
+async def read_json(request: Request, model: type[Body]) -> Body:
     """Read a JSON body.
 
     Raises:
-        ProblemError: another content type, a body that comes too slowly, or one that does not fit the model.
+        ProblemError: another content type, or a body that does not fit the model.
     """
     _check_content_type(request)
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            raw = await request.body()
-    except TimeoutError:
-        raise body_timeout_problem() from None
-    return parse_json(raw, model)
+    return parse_json(await request.body(), model)
 
 
 def parse_json(raw: bytes, model: type[Body]) -> Body:

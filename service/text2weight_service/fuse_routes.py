@@ -22,7 +22,6 @@ from text2weight.merging import average, git_rebasin, task_arithmetic, ties
 from text2weight_service.exchange import (
     EngineDependency,
     answer_deadline,
-    body_deadline,
     body_docs,
     head_docs,
     parse_json,
@@ -73,18 +72,17 @@ async def fuse(request: Request, engine: EngineDependency) -> Response:
 
     The method `text` generates it; the classical methods merge the heads that are uploaded, one per task.
     """
-    deadline = body_deadline(request, engine)
     model = engine.model
     heads: list[HeadArtifact] = []
     if is_multipart(request):
         rules = upload_rules(model, engine.settings.max_body_bytes, heads=MAX_TASKS, least=0)
-        parts = await read_parts(request, rules, deadline)
+        parts = await read_parts(request, rules)
         body = parse_json(parts["request"][0].data, FuseRequest)
         heads = await asyncio.to_thread(
             lambda: [read_upload(model, part.data, f"head[{i}]") for i, part in enumerate(parts["head"])]
         )
     else:
-        body = await read_json(request, FuseRequest, deadline)
+        body = await read_json(request, FuseRequest)
     tasks = [_normalise(i, task.classes) for i, task in enumerate(body.tasks)]
     classes = _unite(tasks, engine.settings.max_classes)
     answer_deadline(request, engine, body.deadline_ms)  # a merge takes no time, but a wrong value is one

@@ -119,12 +119,13 @@ async def answer_with_heads(
     metadata = dict(notes or {})
     if warnings := warnings_of(engine.model, jobs[0]):
         metadata["warnings"] = json.dumps(warnings, ensure_ascii=False)
-    tag = None
-    if jobs[0].reusable:
+    reusable = jobs[0].reusable
+    if reusable and "if-none-match" in request.headers:
         tag = entity_tag(plan_work(engine.model, jobs[0]).key, len(jobs), precision, metadata)
         if client_has(request, tag):
             return Response(status_code=304, headers=cache_headers(tag))
     results = await while_connected(request, [engine.generate(job) for job in jobs])
+    tag = entity_tag(results[0].key, len(jobs), precision, metadata) if reusable else None
     stages = _longest_stages(results)
     record_stages(request.app, stages)
     return HeadResponse(

@@ -5,8 +5,6 @@ Parts stay in memory, so that there is no temporary file to lose; the body limit
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from text2weight_service.problems import FieldError, Kind, ProblemError, body_timeout_problem, invalid_fields
+from text2weight_service.problems import FieldError, Kind, ProblemError, invalid_fields
 
 MEDIA_TYPE = "multipart/form-data"
 
@@ -66,17 +64,16 @@ def is_multipart(request: Request) -> bool:
     return _content_type(request).get_content_type() == MEDIA_TYPE
 
 
-async def read_parts(request: Request, rules: Mapping[str, PartRule], deadline: float) -> dict[str, list[Part]]:
+async def read_parts(request: Request, rules: Mapping[str, PartRule]) -> dict[str, list[Part]]:
     """Read a multipart body.
 
     Args:
         request: its content type is checked here.
         rules: the parts that there may be, by name; parts of one name stay in the client's order.
-        deadline: `time.monotonic()` at which the body must be there.
 
     Raises:
-        ProblemError: another content type, broken multipart, a body that comes too slowly, or a part that is unknown,
-            missing, too large or there too often; the problem names the part.
+        ProblemError: another content type, broken multipart, or a part that is unknown, missing, too large or there
+            too often; the problem names the part.
     """
     header = _content_type(request)
     if header.get_content_type() != MEDIA_TYPE or header.get_content_charset("utf-8") != "utf-8":
@@ -89,13 +86,10 @@ async def read_parts(request: Request, rules: Mapping[str, PartRule], deadline: 
     async with aclosing(request.stream()) as stream:
         parser = _MemoryParser(request.headers, stream, max_files=most, max_fields=most, max_part_size=largest)
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                form = await parser.parse()
+            form = await parser.parse()
             if not parser.whole:
                 raise MultiPartException("The body ends before its last boundary.")
             return _sort_parts(form, rules)
-        except TimeoutError:
-            raise body_timeout_problem() from None
         except MultiPartException as error:
             raise ProblemError(Kind.MALFORMED_MULTIPART, error.message) from None
         finally:

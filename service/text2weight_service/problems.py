@@ -119,11 +119,6 @@ def internal_problem() -> ProblemError:
     return ProblemError(Kind.INTERNAL, "an internal error occurred; the log has it under this request_id")
 
 
-def body_timeout_problem() -> ProblemError:
-    """The problem of a body that comes too slowly."""
-    return ProblemError(Kind.BODY_TIMEOUT, "send the whole body at once", headers={"Connection": "close"})
-
-
 def invalid_fields(errors: Sequence[FieldError]) -> ProblemError:
     """The problem of fields that cannot be used, all of them named in its detail."""
     shown = [

@@ -11,7 +11,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from text2weight_service.engine import Phase
 from text2weight_service.exchange import (
     EngineDependency,
-    body_deadline,
     body_docs,
     head_docs,
     problem_docs,
@@ -37,7 +36,7 @@ async def generate(request: Request, engine: EngineDependency) -> Response:
 
     Equal requests to an equal checkpoint give equal heads.
     """
-    body = await read_json(request, GenerateRequest, body_deadline(request, engine))
+    body = await read_json(request, GenerateRequest)
     job = generation_job(request, engine, body)
     check_seeds(job.seed, body.samples)
     jobs = [replace(job, seed=job.seed + i) for i in range(body.samples)]

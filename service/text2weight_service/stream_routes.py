@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from text2weight_service.exchange import EngineDependency, body_deadline, body_docs, problem_docs, read_json
+from text2weight_service.exchange import EngineDependency, body_docs, problem_docs, read_json
 from text2weight_service.heads import generation_job, render, warnings_of
 from text2weight_service.problems import Kind, describe_problem, to_problem
 from text2weight_service.schemas import StreamRequest
@@ -50,7 +50,7 @@ Event = Progress | Generated
 )
 async def generate_stream(request: Request, engine: EngineDependency) -> StreamingResponse:
     """As /generate, with an event after denoiser calls and, on request, the heads that they estimated."""
-    body = await read_json(request, StreamRequest, body_deadline(request, engine))
+    body = await read_json(request, StreamRequest)
     job = generation_job(request, engine, body)
     warnings = warnings_of(engine.model, job)
     metadata = {"warnings": json.dumps(warnings, ensure_ascii=False)} if warnings else {}

@@ -154,7 +154,10 @@ class WorkQueue:
         self._closed = False
         self._stopped = False
         self._woken = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        # Two, because waking a thread that has nothing to do takes the processor from those that have.
+        self._texts_came = threading.Condition(self._lock)
+        self._ready_came = threading.Condition(self._lock)
 
     @property
     def waiting(self) -> int:
@@ -163,7 +166,7 @@ class WorkQueue:
 
     def rows_ahead(self, calls: int) -> int:
         """Rows of denoiser calls that come before a new item with so many calls, or together with it."""
-        with self._changed:
+        with self._lock:
             return sum(min(item.calls_left, calls) * (1 + item.guided) for item in self._accepted)
 
     @contextmanager
@@ -174,7 +177,7 @@ class WorkQueue:
             QueueFullError: no place is free.
             StoppedError: the queue is closed.
         """
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise StoppedError
             if self._places >= self._size:
@@ -192,8 +195,8 @@ class WorkQueue:
 
         Each of them has to come back through `put_ready`, or have its future resolved and be counted off there.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._without_texts or self._over())
+        with self._lock:
+            self._texts_came.wait_for(lambda: self._without_texts or self._over())
             items: list[WorkItem] = []
             texts: set[str] = set()
             while self._without_texts and len(texts) < _TEXTS_TOGETHER:
@@ -204,19 +207,20 @@ class WorkQueue:
 
     def put_ready(self, taken: int, items: Sequence[WorkItem]) -> None:
         """Hand over the encoded ones among `taken` items, for the model to take."""
-        with self._changed:
+        with self._lock:
             self._encoding -= taken
             self._ready.extend(item for item in items if not item.abandoned)
-            self._changed.notify_all()
+            self._ready_came.notify()
+            self._tell_if_over()
             stopped = self._stopped
         if stopped:
             self.fail_waiting()
 
     def take_ready(self, wait_s: float) -> list[WorkItem]:
         """Take all items that are ready, after waiting at most `wait_s` for one."""
-        with self._changed:
+        with self._lock:
             if wait_s > 0:
-                self._changed.wait_for(lambda: self._ready or self._woken or self._over(), timeout=wait_s)
+                self._ready_came.wait_for(lambda: self._ready or self._woken or self._over(), timeout=wait_s)
             self._woken = False
             items = list(self._ready)
             self._ready.clear()
@@ -224,30 +228,30 @@ class WorkQueue:
 
     def wake(self) -> None:
         """End the wait of who takes ready items, though there may be none."""
-        with self._changed:
+        with self._lock:
             self._woken = True
-            self._changed.notify_all()
+            self._ready_came.notify()
 
     @property
     def over(self) -> bool:
         """Whether the queue is closed and nothing can come any more."""
-        with self._changed:
+        with self._lock:
             return self._over()
 
     def close(self) -> None:
         """Admit nothing any more; what was accepted can still be taken."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._tell_if_over()
 
     def fail_waiting(self) -> int:
         """Close, and resolve everything that waits with StoppedError; returns how many items that were."""
-        with self._changed:
+        with self._lock:
             self._closed = self._stopped = True
             left = [*self._without_texts, *self._ready]
             self._without_texts.clear()
             self._ready.clear()
-            self._changed.notify_all()
+            self._tell_if_over()
         started = [item for item in left if item.future.set_running_or_notify_cancel()]
         for item in started:
             item.future.set_exception(StoppedError())
@@ -256,17 +260,27 @@ class WorkQueue:
     def _over(self) -> bool:
         return self._stopped or (self._closed and self.waiting == 0)
 
+    def _tell_if_over(self) -> None:
+        """End the waits of both threads once nothing can come any more; the lock is held."""
+        if self._over():
+            self._texts_came.notify_all()
+            self._ready_came.notify_all()
+
     def _submit(self, item: WorkItem) -> None:
-        with self._changed:
+        with self._lock:
             if self._stopped:
                 raise StoppedError
             self._submitting -= 1
             self._accepted.add(item)
-            (self._without_texts if item.missing else self._ready).append(item)
-            self._changed.notify_all()
+            if item.missing:
+                self._without_texts.append(item)
+                self._texts_came.notify()
+            else:
+                self._ready.append(item)
+                self._ready_came.notify()
 
     def _give_up(self, place: Place) -> None:
-        with self._changed:
+        with self._lock:
             self._places -= 1
             if place.item is None:
                 self._submitting -= 1
@@ -276,4 +290,4 @@ class WorkQueue:
                 for line in (self._without_texts, self._ready):
                     if place.item in line:
                         line.remove(place.item)
-            self._changed.notify_all()
+            self._tell_if_over()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,14 @@ def tower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A service around a tiny random checkpoint with a text tower, which knows apple and bus."""
     with serve(load_model, checkpoint=str(write_tower_checkpoint(tmp_path_factory.mktemp("tower")))) as running:
         yield running
+
+
+def test_no_request_changes_threads_on_its_way_to_the_engine() -> None:
+    before = set(threading.enumerate())
+    with serve(lambda _: FakeModel()) as fresh:
+        assert fresh.generate("apple", "bus", seed=1).status_code == 200
+        pool = [one.name for one in set(threading.enumerate()) - before if one.name.startswith("AnyIO")]
+        assert pool == []
 
 
 def test_answer_is_a_head_artifact(live: Live) -> None:
