@@ -44,6 +44,8 @@ _LONGEST_RETRY_AFTER_S = 60
 LONGEST_CALL_S = 120.0
 # Share of an estimated time that a request must have left to be taken.
 _SURE = 0.8
+# Where nothing runs, a refusal by estimates older than this has the self-check measure anew.
+_STALE_S = 2.0
 # Progress that a stream's slow reader can catch up on.
 _MOST_UNREAD = 32
 _FEW_CLASSES = Shape(CLASS_MULTIPLE, guided=False)
@@ -277,7 +279,7 @@ class Engine:
         """Refuse now what the measured times say cannot be finished in time.
 
         The estimates are of a machine that may have been busier than it will be, so only what lacks a good part of
-        its time is refused.
+        its time is refused. And refused requests teach nothing: where no others run, the self-check measures for them.
 
         Raises:
             DeadlineError: too slow even alone.
@@ -289,6 +291,8 @@ class Engine:
         alone_s = work.calls * times.seconds(shape, 1)
         if _SURE * alone_s > left_s:
             self.metrics.refused.labels("deadline").inc()
+            if not loaded.runner.running and time.monotonic() - times.measured_at > _STALE_S:
+                self._queue.wake()
             raise DeadlineError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
         rows = self._queue.rows_ahead(work.calls) + work.calls * (1 + guided)
         if _SURE * rows * self._row_s(loaded) > left_s:
