@@ -18,6 +18,7 @@ from text2weight.descriptions import ConditionText
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
 from text2weight.sampling import Sample
+from text2weight_service.call_watch import CallWatch
 from text2weight_service.ladder import Ladder, Shape, StepTimes, is_out_of_memory
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
@@ -48,7 +49,7 @@ class BatchRunner:
         self.ladder = Ladder(most_rows)
         self.times = StepTimes(model.config.head.hidden_dim + 1)
         self.stop = False
-        self.call_began_at: float | None = None
+        self.watch = CallWatch()
         self._model = model
         self._metrics = metrics
         self._turn = 0
@@ -81,12 +82,14 @@ class BatchRunner:
             Exception: whatever the model raises.
         """
         self._request = self._check_request()
-        sample = self._model.begin(self._request)
+        with self.watch:
+            sample = self._model.begin(self._request)
         while not sample.done:
             spent = self._advance([sample], 1)
             if self._expected is not None:  # the first calls of all may allocate, choose kernels or record
                 self.times.add(Shape(sample.condition.mask.shape[1], guided=False), 1, spent)
-        artifact = self._model.finish(sample)
+        with self.watch:
+            artifact = self._model.finish(sample)
         artifact.to_bytes()
         numbers = torch.cat([artifact.tensors[name].flatten() for name in sorted(artifact.tensors)])  # (P,)
         if self._expected is None:
@@ -105,7 +108,9 @@ class BatchRunner:
         failures = 0
         for item in claimed:
             try:
-                sample = self._model.begin(item.work.fill_in(item.known))
+                request = item.work.fill_in(item.known)
+                with self.watch:
+                    sample = self._model.begin(request)
             except Exception as error:  # the model may raise anything, and the thread must survive it
                 failures += fail_item(item, error)
                 continue
@@ -178,11 +183,9 @@ class BatchRunner:
 
     def _advance(self, samples: Sequence[Sample], rows: int) -> float:
         """Make a call; returns its seconds."""
-        started_at = self.call_began_at = time.monotonic()
-        try:
+        started_at = time.monotonic()
+        with self.watch:
             self._model.advance(samples, rows)
-        finally:
-            self.call_began_at = None
         return time.monotonic() - started_at
 
     def _report(self, one: Running) -> int:
@@ -193,7 +196,8 @@ class BatchRunner:
         head = None
         try:
             if item.heads_every and sample.calls % item.heads_every == 0:
-                head = self._model.preview(sample).to_bytes()
+                with self.watch:
+                    head = self._model.preview(sample).to_bytes()
         except Exception as error:
             return self._fail(one, error)
         item.report(Progress(sample.calls, len(sample.plan), sample.plan[sample.calls - 1].timestep, head))
@@ -203,7 +207,8 @@ class BatchRunner:
         """Resolve the items that are done."""
         for one in [one for one in self.running if one.sample.done]:
             try:
-                artifact = self._model.finish(one.sample)
+                with self.watch:
+                    artifact = self._model.finish(one.sample)
                 result = self._result(one, artifact)
             except Exception as error:
                 self._fail(one, error)
@@ -240,7 +245,8 @@ class BatchRunner:
         sampler, steps = self._model.resolve_sampling(None, None)
         encoder = self._model.text_encoder
         try:
-            embeddings = encoder.encode(self._model.prompts(_WARM_UP_CLASSES))  # (K, D)
+            with self.watch:
+                embeddings = encoder.encode(self._model.prompts(_WARM_UP_CLASSES))  # (K, D)
         except InvalidInputError:  # a table of embeddings need not hold these names
             embeddings = torch.eye(len(_WARM_UP_CLASSES), encoder.embedding_dim)  # (K, D)
         text = ConditionText(embeddings, "warm-up")  # nor need a checkpoint's own condition texts

@@ -40,7 +40,7 @@ from text2weight_service.work_queue import (
 log = structlog.get_logger(__name__)
 
 _LONGEST_RETRY_AFTER_S = 60
-# A denoiser call that takes longer hangs: the device is lost.
+# A call of the denoiser or the text encoder that takes longer hangs: the device is lost.
 LONGEST_CALL_S = 120.0
 # Share of an estimated time that a request must have left to be taken.
 _SURE = 0.8
@@ -122,8 +122,8 @@ class Engine:
 
     @property
     def phase(self) -> Phase:
-        """Where the worker is in its life."""
-        if self.failure is not None:
+        """Where the worker is in its life; FAILED while it is not alive."""
+        if not self.alive:
             return Phase.FAILED
         if self._draining:
             return Phase.DRAINING
@@ -131,13 +131,17 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the model's threads can still answer; False asks the orchestrator for a restart."""
+        """Whether the model's threads can still answer; False asks the orchestrator for a restart.
+
+        A call that hangs may return after all, and then it is True again.
+        """
         if self.failure is not None:
             return False
         died = any(thread.ident is not None and not thread.is_alive() for thread in self._threads())
-        began_at = None if self._loaded is None else self._loaded.runner.call_began_at
-        hangs = began_at is not None and time.monotonic() - began_at > LONGEST_CALL_S
-        return not hangs and (self._draining or not died)
+        if died and not self._draining:
+            return False
+        watches = () if self._loaded is None else (self._loaded.runner.watch, self._loaded.texts.watch)
+        return all(watch.call_s <= LONGEST_CALL_S for watch in watches)
 
     @property
     def model(self) -> Model:

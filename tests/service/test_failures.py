@@ -1,7 +1,9 @@
 """Calls that fail: whom that may hurt, memory that runs out, devices that are lost, hang or compute nonsense."""
 
 import asyncio
+import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import structlog
@@ -17,7 +19,7 @@ from text2weight_service.engine import Engine, NotReadyError, Phase
 from text2weight_service.ladder import CALLS_TO_RECOVER
 from text2weight_service.metrics import Metrics
 from text2weight_service.text_stage import GenerationFailedError
-from text2weight_service.work_queue import Generated
+from text2weight_service.work_queue import Generated, Progress
 
 
 @pytest.fixture(autouse=True)
@@ -151,17 +153,58 @@ async def test_a_text_encoder_that_is_lost_is_noticed(model: FakeModel) -> None:
         await until(lambda: not engine.alive, "noticing")
 
 
-async def test_a_call_that_hangs_flips_liveness(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["encode", "begin", "advance", "preview", "finish"])
+async def test_a_call_that_hangs_is_a_failed_worker_until_it_returns(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     monkeypatch.setattr(engine_module, "LONGEST_CALL_S", 0.1)
+    owner = model.text_encoder if where == "encode" else model
+    call, gate, entered = getattr(owner, where), threading.Event(), threading.Event()
+
+    def hang(*args: Any) -> Any:
+        entered.set()
+        assert gate.wait(20)
+        return call(*args)
+
     async with running(model) as engine:
-        model.gate.clear()
-        task = asyncio.create_task(engine.generate(job("apple", "bus")))
-        await until(model.entered.is_set, "a call")
-        assert engine.alive
-        await until(lambda: not engine.alive, "noticing")
-        model.gate.set()
+        monkeypatch.setattr(owner, where, hang)
+        task = asyncio.create_task(watch(engine))
+        await until(entered.is_set, "a call")
+        await until(lambda: engine.phase is Phase.FAILED, "noticing")
+        assert not engine.alive
+        with pytest.raises(NotReadyError):
+            await engine.generate(job("other", "bus"))
+        gate.set()
         await task
-        assert engine.alive
+        await until(lambda: engine.alive and engine.phase is Phase.READY, "recovery")
+        assert (await engine.generate(job("other", "bus"))).data
+
+
+async def watch(engine: Engine) -> list[Progress | Generated]:
+    return [event async for event in engine.stream(job("apple", "bus"), heads_every=1)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("thread", ["model", "text"])
+async def test_a_thread_that_died_is_a_failed_worker(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    async with running(model, drain_timeout_s=0.1) as engine:
+        assert engine._loaded is not None
+
+        def die(*_: object) -> None:
+            raise SystemError("a mistake of ours")
+
+        if thread == "model":
+            monkeypatch.setattr(engine._loaded.runner, "step", die)
+        else:
+            monkeypatch.setattr(engine._loaded.texts, "_embed", die)
+        task = asyncio.create_task(engine.generate(job("apple", "bus")))
+        await until(lambda: engine.phase is Phase.FAILED, "noticing")
+        with pytest.raises(NotReadyError):
+            await engine.generate(job("other", "bus"))
+        task.cancel()
+        await asyncio.wait((task,))
 
 
 def test_the_self_check_knows_its_head_again(model: FakeModel) -> None:
