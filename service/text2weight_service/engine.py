@@ -30,6 +30,7 @@ from text2weight_service.text_stage import TextStage
 from text2weight_service.work_queue import (
     DeadlineError,
     Generated,
+    HopelessError,
     Progress,
     QueueFullError,
     StoppedError,
@@ -176,13 +177,11 @@ class Engine:
             head = self._heads.get(work.key) if job.reusable else None
             if head is not None:
                 return Generated(head, work.key)
-            if self._flights.get(work.key) is None:
-                self._refuse_hopeless(loaded, work)
             try:
                 with self._as_answers():
                     return await self._flights.wait(work.key, job.deadline, partial(self._compute, loaded, work))
-            except DeadlineError:
-                if time.monotonic() >= job.deadline:
+            except DeadlineError as error:
+                if isinstance(error, HopelessError) or time.monotonic() >= job.deadline:
                     raise
                 # Joined in the moment in which the others' time was over: compute it anew.
 
@@ -201,7 +200,6 @@ class Engine:
         """
         loaded = self._require_ready()
         work = plan_work(loaded.model, job)
-        self._refuse_hopeless(loaded, work)
         news = _News()
         flight = Flight(job.deadline)
         task = asyncio.create_task(self._compute(loaded, work, flight, (news.put, heads_every)))
@@ -265,6 +263,7 @@ class Engine:
             head = await self._heads.fetch(work.key) if reusable and report is None else None
             if head is not None:
                 return Generated(head, work.key)
+            self._refuse_hopeless(loaded, work, flight.deadline)
             known = await loaded.cache.lookup(work.texts)
             item = WorkItem(work, known, flight.deadline, *(report or ()))
             flight.item = item
@@ -279,25 +278,25 @@ class Engine:
                 self._later(self._heads.share(work.key, result.data))
         return result
 
-    def _refuse_hopeless(self, loaded: _Loaded, work: Work) -> None:
-        """Refuse now what the measured times say cannot be finished in time.
+    def _refuse_hopeless(self, loaded: _Loaded, work: Work, deadline: float) -> None:
+        """Refuse now what the measured times say cannot be finished before the deadline of who waits for it longest.
 
         The estimates are of a machine that may have been busier than it will be, so only what lacks a good part of
         its time is refused. And refused requests teach nothing: where no others run, the self-check measures for them.
 
         Raises:
-            DeadlineError: too slow even alone.
+            HopelessError: too slow even alone.
             BusyError: too slow beside the requests that are under way.
         """
         times, guided = loaded.runner.times, work.job.guidance_scale != 1
         shape = Shape(-(-len(work.job.classes) // CLASS_MULTIPLE) * CLASS_MULTIPLE, guided)
-        left_s = work.job.deadline - time.monotonic()
+        left_s = deadline - time.monotonic()
         alone_s = work.calls * times.seconds(shape, 1)
         if _SURE * alone_s > left_s:
             self.metrics.refused.labels("deadline").inc()
             if not loaded.runner.running and time.monotonic() - times.measured_at > _STALE_S:
                 self._queue.wake()
-            raise DeadlineError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
+            raise HopelessError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
         rows = self._queue.rows_ahead(work.calls) + work.calls * (1 + guided)
         if _SURE * rows * self._row_s(loaded) > left_s:
             self.metrics.refused.labels("load").inc()
