@@ -108,7 +108,7 @@ class Engine:
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] | None = None
         self._load = load
-        self._draining = False
+        self._drain_ends_at: float | None = None
         self._queue = WorkQueue(settings.queue_size)
         self._loaded: _Loaded | None = None
         self._redis: RedisStore | None = None
@@ -126,7 +126,7 @@ class Engine:
         """Where the worker is in its life; FAILED while it is not alive."""
         if not self.alive:
             return Phase.FAILED
-        if self._draining:
+        if self._drain_ends_at is not None:
             return Phase.DRAINING
         return Phase.STARTING if self._loaded is None else Phase.READY
 
@@ -139,7 +139,7 @@ class Engine:
         if self.failure is not None:
             return False
         died = any(thread.ident is not None and not thread.is_alive() for thread in self._threads())
-        if died and not self._draining:
+        if died and self._drain_ends_at is None:
             return False
         watches = () if self._loaded is None else (self._loaded.runner.watch, self._loaded.texts.watch)
         return all(watch.call_s <= LONGEST_CALL_S for watch in watches)
@@ -223,15 +223,17 @@ class Engine:
 
     def begin_drain(self) -> None:
         """Take no new requests; finish the accepted ones. May be called from any thread and from signal handlers."""
-        # A plain flag: a signal handler must not take a lock that the interrupted code may hold.
-        self._draining = True
+        # A plain number: a signal handler must not take a lock that the interrupted code may hold.
+        if self._drain_ends_at is None:
+            self._drain_ends_at = time.monotonic() + self.settings.drain_timeout_s
 
     async def stop(self) -> None:
-        """Drain within the drain timeout, then fail what is left and end the model's thread."""
+        """Drain within what is left of the drain timeout, then fail what is left and end the model's thread."""
         self.begin_drain()
+        assert self._drain_ends_at is not None
         self._queue.close()
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, self.settings.drain_timeout_s)
+            await asyncio.to_thread(self._thread.join, max(self._drain_ends_at - time.monotonic(), 0.0))
         if self._thread.is_alive():
             left = self._queue.fail_waiting()
             log.warning("drain timeout is over", unanswered=left, timeout_s=self.settings.drain_timeout_s)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from text2weight_service.batch_runner import BatchRunner, SelfCheckError
 from text2weight_service.engine import Engine, NotReadyError, Phase
 from text2weight_service.ladder import CALLS_TO_RECOVER
 from text2weight_service.metrics import Metrics
+from text2weight_service.settings import Settings
 from text2weight_service.text_stage import GenerationFailedError
 from text2weight_service.work_queue import Generated, Progress
 
@@ -205,6 +207,39 @@ async def test_a_thread_that_died_is_a_failed_worker(
             await engine.generate(job("other", "bus"))
         task.cancel()
         await asyncio.wait((task,))
+
+
+@pytest.mark.parametrize("what", ["load", "call"])
+async def test_what_hangs_holds_a_stop_up_for_one_drain_timeout_and_no_longer(model: FakeModel, what: str) -> None:
+    gate = threading.Event()
+
+    def load(_: Settings) -> FakeModel:
+        if what == "load":
+            assert gate.wait(20)
+        return model
+
+    engine = Engine(Settings(drain_timeout_s=2.0), load=load)
+    engine.start()
+    task = None
+    try:
+        if what == "call":
+            await until(lambda: engine.phase is Phase.READY, "warm-up")
+            model.gate.clear()
+            task = asyncio.create_task(engine.generate(job("apple", "bus")))
+            await until(model.entered.is_set, "a call")
+        engine.begin_drain()
+        await asyncio.sleep(1.8)
+        engine.begin_drain()  # a second signal gives no second timeout
+        started_at = time.monotonic()
+        await engine.stop()
+        assert time.monotonic() - started_at < 1.5
+    finally:
+        gate.set()
+        model.gate.set()
+    if task is not None:
+        with pytest.raises(NotReadyError):
+            await task
+    await until(lambda: not engine._thread.is_alive(), "the end of the thread")
 
 
 def test_the_self_check_knows_its_head_again(model: FakeModel) -> None:
