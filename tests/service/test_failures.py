@@ -104,6 +104,30 @@ async def test_out_of_memory_makes_calls_smaller_for_a_while(model: FakeModel, e
         assert engine.alive
 
 
+@pytest.mark.parametrize("where", ["begin", "preview", "finish"])
+@pytest.mark.parametrize("times", [1, 2])
+async def test_out_of_memory_between_calls_makes_them_smaller_and_is_tried_once_more(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, where: str, times: int
+) -> None:
+    async with running(model, max_batch_size=8) as engine:
+        call, errors = getattr(model, where), [MemoryError() for _ in range(times)]
+
+        def short_of_memory(*args: Any) -> Any:
+            if errors:
+                raise errors.pop()
+            return call(*args)
+
+        monkeypatch.setattr(model, where, short_of_memory)
+        if times == 1:
+            assert len(await watch(engine)) == 2
+        else:
+            with pytest.raises(GenerationFailedError):
+                await watch(engine)
+        assert metric(engine, "t2w_largest_call_rows") == 4
+        assert (await engine.generate(job("next", "bus"))).data
+        assert engine.alive
+
+
 async def test_a_request_too_large_for_the_memory_fails_alone(model: FakeModel) -> None:
     def trouble(samples: Sequence[Sample], rows: int) -> None:
         if any(sample.request.classes[0] == "huge" for sample in samples):
@@ -130,6 +154,28 @@ async def test_a_device_lost_between_steps_fails_what_runs_and_waits(model: Fake
         assert engine.phase is Phase.FAILED
         with pytest.raises(NotReadyError):
             await engine.generate(job("apple", "bus"))
+
+
+async def test_a_device_that_fails_at_the_end_of_requests_is_noticed_while_others_go_on(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(model) as engine:
+        model.trouble = lambda samples, rows: time.sleep(0.002)
+        long = asyncio.create_task(engine.generate(job("long", "bus", steps=1000)))
+        await until(model.entered.is_set, "a call")
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(model, "finish", fail)
+        # One call moves both, so it is none in which nothing could be computed.
+        engine._loaded.runner.ladder.choose = lambda count, seconds: 8  # type: ignore[union-attr, method-assign]
+        with pytest.raises(GenerationFailedError):
+            await engine.generate(job("short", "bus"))
+        await until(lambda: not engine.alive, "noticing", 2)
+        with pytest.raises(NotReadyError):
+            await long
+    assert model.steps_made < 1000
 
 
 @pytest.mark.parametrize("how", ["lost", "wrong"])
