@@ -297,7 +297,7 @@ class Engine:
         if _SURE * alone_s > left_s:
             self.metrics.refused.labels("deadline").inc()
             if not loaded.runner.running and time.monotonic() - times.measured_at > _STALE_S:
-                self._queue.wake()
+                self._queue.wake()  # the model's thread finds nothing to do but to check the model
             raise HopelessError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
         rows = self._queue.rows_ahead(work.calls) + work.calls * (1 + guided)
         if _SURE * rows * self._row_s(loaded) > left_s:

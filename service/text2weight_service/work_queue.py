@@ -227,7 +227,7 @@ class WorkQueue:
             return items
 
     def wake(self) -> None:
-        """End the wait of who takes ready items, though there may be none: the model is then checked."""
+        """End the wait of who takes ready items, though there may be none."""
         with self._changed:
             self._woken = True
             self._changed.notify_all()
