@@ -271,7 +271,7 @@ async def test_what_hangs_holds_a_stop_up_for_one_drain_timeout_and_no_longer(mo
         if what == "call":
             await until(lambda: engine.phase is Phase.READY, "warm-up")
             model.gate.clear()
-            task = asyncio.create_task(engine.generate(job("apple", "bus")))
+            task = asyncio.create_task(engine.generate(job("apple", "bus", steps=9)))
             await until(model.entered.is_set, "a call")
         engine.begin_drain()
         await asyncio.sleep(1.8)
