@@ -7,7 +7,9 @@ it. Letters: K classes, D embedding size, P numbers in one head.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import structlog
 import torch
@@ -18,6 +20,7 @@ from text2weight.descriptions import ConditionText
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
 from text2weight.sampling import Sample
+from text2weight_service.call_watch import CallWatch
 from text2weight_service.ladder import Ladder, Shape, StepTimes, is_out_of_memory
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
@@ -28,6 +31,8 @@ from text2weight_service.work_queue import DeadlineError, Generated, Progress, S
 __all__ = ["BatchRunner", "GenerationFailedError", "SelfCheckError"]
 
 log = structlog.get_logger(__name__)
+
+Result = TypeVar("Result")
 
 _WARM_UP_CLASSES = ("cat", "dog")
 _WARM_UP_S = 2.0
@@ -48,7 +53,7 @@ class BatchRunner:
         self.ladder = Ladder(most_rows)
         self.times = StepTimes(model.config.head.hidden_dim + 1)
         self.stop = False
-        self.call_began_at: float | None = None
+        self.watch = CallWatch()
         self._model = model
         self._metrics = metrics
         self._turn = 0
@@ -81,10 +86,14 @@ class BatchRunner:
             Exception: whatever the model raises.
         """
         self._request = self._check_request()
-        sample = self._model.begin(self._request)
+        with self.watch:
+            sample = self._model.begin(self._request)
         while not sample.done:
-            self._advance([sample], 1)
-        artifact = self._model.finish(sample)
+            spent = self._advance([sample], 1)
+            if self._expected is not None:  # the first calls of all may allocate, choose kernels or record
+                self.times.add(Shape(sample.condition.mask.shape[1], guided=False), 1, spent)
+        with self.watch:
+            artifact = self._model.finish(sample)
         artifact.to_bytes()
         numbers = torch.cat([artifact.tensors[name].flatten() for name in sorted(artifact.tensors)])  # (P,)
         if self._expected is None:
@@ -97,13 +106,14 @@ class BatchRunner:
         """Begin items, which take part in calls from now on.
 
         Returns:
-            False when none could be begun for a reason that is not a request's own input.
+            False when none could be begun, or none of those that were done at once be finished, for a reason that is
+            not a request's own input.
         """
         claimed = [item for item in items if item.start()]
         failures = 0
         for item in claimed:
             try:
-                sample = self._model.begin(item.work.fill_in(item.known))
+                sample = self._with_memory(partial(self._model.begin, item.work.fill_in(item.known)))
             except Exception as error:  # the model may raise anything, and the thread must survive it
                 failures += fail_item(item, error)
                 continue
@@ -111,14 +121,15 @@ class BatchRunner:
             one = Running(item, sample, self._turn)
             self._metrics.queue_seconds.observe(one.begun_at - item.queued_at - item.encode_s)
             self.running.append(one)
-        self._leave()
-        return not claimed or failures < len(claimed)
+        left_well = self._leave()
+        return left_well and (not claimed or failures < len(claimed))
 
     def step(self) -> bool:
         """Make one denoiser call for some of the running items, after letting go those that nobody waits for.
 
         Returns:
-            False when no member of the call could be computed for a reason that is not its own input.
+            False when no member of the call could be computed, or none that was done be finished, for a reason that is
+            not its own input.
         """
         self._drop_unwanted()
         if not self.running:
@@ -128,8 +139,8 @@ class BatchRunner:
         failed = self._call(members, rows)
         for one in members:
             one.last_turn = self._turn
-        self._leave()
-        return failed < len(members)
+        left_well = self._leave()
+        return left_well and failed < len(members)
 
     def fail_all(self, error: Exception) -> None:
         """Resolve all running items with an error."""
@@ -162,11 +173,7 @@ class BatchRunner:
     def _recover(self, members: Sequence[Running], rows: int, error: Exception) -> int:
         self._metrics.batch_failures.inc()
         if is_out_of_memory(error) and rows > 1:
-            self.ladder.shrink(rows)
-            self._metrics.ladder_rows.set(self.ladder.most)
-            log.warning("out of memory, making smaller calls", rows=rows, largest=self.ladder.most)
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+            self._shrink(rows)
             return 0  # no sample has moved: they are members of later calls
         if len(members) == 1:
             return self._fail(members[0], error)
@@ -174,13 +181,31 @@ class BatchRunner:
         half = len(members) // 2
         return sum(self._call(part, self.ladder.at_least(len(part))) for part in (members[:half], members[half:]))
 
+    def _shrink(self, rows: int) -> None:
+        """A call of so many rows was too large for the memory: make smaller ones, and give back what is cached."""
+        self.ladder.shrink(rows)
+        self._metrics.ladder_rows.set(self.ladder.most)
+        log.warning("out of memory, making smaller calls", rows=rows, largest=self.ladder.most)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _with_memory(self, call: Callable[[], Result]) -> Result:
+        """Make a call for one item; where memory runs out, leave it more and make the call once more."""
+        try:
+            with self.watch:
+                return call()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._shrink(self.ladder.most)
+        with self.watch:
+            return call()
+
     def _advance(self, samples: Sequence[Sample], rows: int) -> float:
         """Make a call; returns its seconds."""
-        started_at = self.call_began_at = time.monotonic()
-        try:
+        started_at = time.monotonic()
+        with self.watch:
             self._model.advance(samples, rows)
-        finally:
-            self.call_began_at = None
         return time.monotonic() - started_at
 
     def _report(self, one: Running) -> int:
@@ -191,24 +216,27 @@ class BatchRunner:
         head = None
         try:
             if item.heads_every and sample.calls % item.heads_every == 0:
-                head = self._model.preview(sample).to_bytes()
+                head = self._with_memory(partial(self._model.preview, sample)).to_bytes()
         except Exception as error:
             return self._fail(one, error)
         item.report(Progress(sample.calls, len(sample.plan), sample.plan[sample.calls - 1].timestep, head))
         return 0
 
-    def _leave(self) -> None:
-        """Resolve the items that are done."""
-        for one in [one for one in self.running if one.sample.done]:
+    def _leave(self) -> bool:
+        """Resolve the items that are done; returns False when there are some and the model failed on all of them."""
+        done = [one for one in self.running if one.sample.done]
+        failed = 0
+        for one in done:
             try:
-                artifact = self._model.finish(one.sample)
+                artifact = self._with_memory(partial(self._model.finish, one.sample))
                 result = self._result(one, artifact)
             except Exception as error:
-                self._fail(one, error)
+                failed += self._fail(one, error)
                 continue
             self.running.remove(one)
             one.item.future.set_result(result)
             self._metrics.heads.inc()
+        return not done or failed < len(done)
 
     def _result(self, one: Running, artifact: HeadArtifact) -> Generated:
         item = one.item
@@ -238,7 +266,8 @@ class BatchRunner:
         sampler, steps = self._model.resolve_sampling(None, None)
         encoder = self._model.text_encoder
         try:
-            embeddings = encoder.encode(self._model.prompts(_WARM_UP_CLASSES))  # (K, D)
+            with self.watch:
+                embeddings = encoder.encode(self._model.prompts(_WARM_UP_CLASSES))  # (K, D)
         except InvalidInputError:  # a table of embeddings need not hold these names
             embeddings = torch.eye(len(_WARM_UP_CLASSES), encoder.embedding_dim)  # (K, D)
         text = ConditionText(embeddings, "warm-up")  # nor need a checkpoint's own condition texts

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from text2weight_service.classify import MAX_PICTURES, ClassifyJob, PictureClassifier, backbone_folder
 from text2weight_service.engine import Phase
-from text2weight_service.exchange import EngineDependency, answer_deadline, problem_docs
+from text2weight_service.exchange import EngineDependency, answer_deadline, problem_docs, while_connected
 from text2weight_service.multipart import PartRule, read_parts
 from text2weight_service.problems import Kind, ProblemError, not_ready_problem
 
@@ -96,7 +96,7 @@ async def classify(
         parts = await read_parts(request, rules)
         pictures = parts["image"]
         job = ClassifyJob(parts["head"][0].data, [picture.data for picture in pictures], folder, name, deadline)
-        ranked = await classifier.classify(job)
+        (ranked,) = await while_connected(request, [classifier.classify(job)])
     return Classification(
         images=[
             ClassifiedPicture(

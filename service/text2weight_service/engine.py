@@ -30,6 +30,7 @@ from text2weight_service.text_stage import TextStage
 from text2weight_service.work_queue import (
     DeadlineError,
     Generated,
+    HopelessError,
     Progress,
     QueueFullError,
     StoppedError,
@@ -40,10 +41,12 @@ from text2weight_service.work_queue import (
 log = structlog.get_logger(__name__)
 
 _LONGEST_RETRY_AFTER_S = 60
-# A denoiser call that takes longer hangs: the device is lost.
+# A call of the denoiser or the text encoder that takes longer hangs: the device is lost.
 LONGEST_CALL_S = 120.0
 # Share of an estimated time that a request must have left to be taken.
 _SURE = 0.8
+# Where nothing runs, a refusal by estimates older than this has the self-check measure anew.
+_STALE_S = 2.0
 # Progress that a stream's slow reader can catch up on.
 _MOST_UNREAD = 32
 _FEW_CLASSES = Shape(CLASS_MULTIPLE, guided=False)
@@ -105,7 +108,7 @@ class Engine:
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] | None = None
         self._load = load
-        self._draining = False
+        self._drain_ends_at: float | None = None
         self._queue = WorkQueue(settings.queue_size)
         self._loaded: _Loaded | None = None
         self._redis: RedisStore | None = None
@@ -120,22 +123,26 @@ class Engine:
 
     @property
     def phase(self) -> Phase:
-        """Where the worker is in its life."""
-        if self.failure is not None:
+        """Where the worker is in its life; FAILED while it is not alive."""
+        if not self.alive:
             return Phase.FAILED
-        if self._draining:
+        if self._drain_ends_at is not None:
             return Phase.DRAINING
         return Phase.STARTING if self._loaded is None else Phase.READY
 
     @property
     def alive(self) -> bool:
-        """Whether the model's threads can still answer; False asks the orchestrator for a restart."""
+        """Whether the model's threads can still answer; False asks the orchestrator for a restart.
+
+        A call that hangs may return after all, and then it is True again.
+        """
         if self.failure is not None:
             return False
         died = any(thread.ident is not None and not thread.is_alive() for thread in self._threads())
-        began_at = None if self._loaded is None else self._loaded.runner.call_began_at
-        hangs = began_at is not None and time.monotonic() - began_at > LONGEST_CALL_S
-        return not hangs and (self._draining or not died)
+        if died and self._drain_ends_at is None:
+            return False
+        watches = () if self._loaded is None else (self._loaded.runner.watch, self._loaded.texts.watch)
+        return all(watch.call_s <= LONGEST_CALL_S for watch in watches)
 
     @property
     def model(self) -> Model:
@@ -170,13 +177,11 @@ class Engine:
             head = self._heads.get(work.key) if job.reusable else None
             if head is not None:
                 return Generated(head, work.key)
-            if self._flights.get(work.key) is None:
-                self._refuse_hopeless(loaded, work)
             try:
                 with self._as_answers():
                     return await self._flights.wait(work.key, job.deadline, partial(self._compute, loaded, work))
-            except DeadlineError:
-                if time.monotonic() >= job.deadline:
+            except DeadlineError as error:
+                if isinstance(error, HopelessError) or time.monotonic() >= job.deadline:
                     raise
                 # Joined in the moment in which the others' time was over: compute it anew.
 
@@ -195,7 +200,6 @@ class Engine:
         """
         loaded = self._require_ready()
         work = plan_work(loaded.model, job)
-        self._refuse_hopeless(loaded, work)
         news = _News()
         flight = Flight(job.deadline)
         task = asyncio.create_task(self._compute(loaded, work, flight, (news.put, heads_every)))
@@ -219,15 +223,17 @@ class Engine:
 
     def begin_drain(self) -> None:
         """Take no new requests; finish the accepted ones. May be called from any thread and from signal handlers."""
-        # A plain flag: a signal handler must not take a lock that the interrupted code may hold.
-        self._draining = True
+        # A plain number: a signal handler must not take a lock that the interrupted code may hold.
+        if self._drain_ends_at is None:
+            self._drain_ends_at = time.monotonic() + self.settings.drain_timeout_s
 
     async def stop(self) -> None:
-        """Drain within the drain timeout, then fail what is left and end the model's thread."""
+        """Drain within what is left of the drain timeout, then fail what is left and end the model's thread."""
         self.begin_drain()
+        assert self._drain_ends_at is not None
         self._queue.close()
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, self.settings.drain_timeout_s)
+            await asyncio.to_thread(self._thread.join, max(self._drain_ends_at - time.monotonic(), 0.0))
         if self._thread.is_alive():
             left = self._queue.fail_waiting()
             log.warning("drain timeout is over", unanswered=left, timeout_s=self.settings.drain_timeout_s)
@@ -259,6 +265,7 @@ class Engine:
             head = await self._heads.fetch(work.key) if reusable and report is None else None
             if head is not None:
                 return Generated(head, work.key)
+            self._refuse_hopeless(loaded, work, flight.deadline)
             known = await loaded.cache.lookup(work.texts)
             item = WorkItem(work, known, flight.deadline, *(report or ()))
             flight.item = item
@@ -273,23 +280,25 @@ class Engine:
                 self._later(self._heads.share(work.key, result.data))
         return result
 
-    def _refuse_hopeless(self, loaded: _Loaded, work: Work) -> None:
-        """Refuse now what the measured times say cannot be finished in time.
+    def _refuse_hopeless(self, loaded: _Loaded, work: Work, deadline: float) -> None:
+        """Refuse now what the measured times say cannot be finished before the deadline of who waits for it longest.
 
         The estimates are of a machine that may have been busier than it will be, so only what lacks a good part of
-        its time is refused.
+        its time is refused. And refused requests teach nothing: where no others run, the self-check measures for them.
 
         Raises:
-            DeadlineError: too slow even alone.
+            HopelessError: too slow even alone.
             BusyError: too slow beside the requests that are under way.
         """
         times, guided = loaded.runner.times, work.job.guidance_scale != 1
         shape = Shape(-(-len(work.job.classes) // CLASS_MULTIPLE) * CLASS_MULTIPLE, guided)
-        left_s = work.job.deadline - time.monotonic()
+        left_s = deadline - time.monotonic()
         alone_s = work.calls * times.seconds(shape, 1)
         if _SURE * alone_s > left_s:
             self.metrics.refused.labels("deadline").inc()
-            raise DeadlineError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
+            if not loaded.runner.running and time.monotonic() - times.measured_at > _STALE_S:
+                self._queue.wake()  # the model's thread finds nothing to do but to check the model
+            raise HopelessError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
         rows = self._queue.rows_ahead(work.calls) + work.calls * (1 + guided)
         if _SURE * rows * self._row_s(loaded) > left_s:
             self.metrics.refused.labels("load").inc()

@@ -42,10 +42,6 @@ class Flights:
         self._flights: dict[str, Flight] = {}
         self._metrics = metrics
 
-    def get(self, key: str) -> Flight | None:
-        """The computation under way for a key."""
-        return self._flights.get(key)
-
     async def wait(
         self, key: str, deadline: float, compute: Callable[[Flight], Coroutine[None, None, Generated]]
     ) -> Generated:

@@ -6,7 +6,9 @@ are, and a device that records its work by shape (CUDA graphs) has few to record
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +22,8 @@ CALLS_TO_RECOVER = 100
 _DECAY = 0.95
 # A measurement counts as at most so many times what was expected: a pause of the machine is not the model's time.
 _MOST_SURPRISE = 3.0
+# A call that takes less than this share of what was expected shrinks all older measurements by it.
+_SURELY_FASTER = 0.5
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -66,6 +70,7 @@ class StepTimes:
         self._sums = [0.0] * 5
         self._base_s = 0.0
         self._token_s = 0.0
+        self.measured_at = -math.inf  # `time.monotonic()` of the latest measurement
 
     def seconds(self, shape: Shape, rows: int) -> float:
         """Expected time of a call; 0 before anything was measured."""
@@ -77,6 +82,10 @@ class StepTimes:
         with self._lock:
             expected = self._base_s + self._token_s * x
             t = min(seconds, _MOST_SURPRISE * expected) if expected > 0 else seconds
+            if t < _SURELY_FASTER * expected:
+                # No pause makes a call short: it was the machine that was slow before, whatever the size of a call.
+                self._sums[2] *= _SURELY_FASTER
+                self._sums[4] *= _SURELY_FASTER
             self._sums = [_DECAY * old + new for old, new in zip(self._sums, (1, x, t, x * x, x * t), strict=True)]
             count, sum_x, sum_t, sum_xx, sum_xt = self._sums
             mean_x, mean_t = sum_x / count, sum_t / count
@@ -86,6 +95,7 @@ class StepTimes:
             # Calls of one size say nothing about the slope. It must not explain more than all of the time either.
             self._token_s = min(self._token_s, mean_t / mean_x)
             self._base_s = mean_t - self._token_s * mean_x
+            self.measured_at = time.monotonic()
 
 
 class Ladder:

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from text2weight_service.auth import KeysError, parse_keys
+from text2weight_service.schemas import MAX_SAMPLES
 
 _PREFIX = "T2W_"
 _REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
@@ -29,7 +30,7 @@ class Settings(BaseSettings):
     torch_threads: int | None = Field(default=None, ge=1, description="CPU threads of the model; unset: usable cores")
 
     max_batch_size: int = Field(default=32, ge=1, description="most requests in one denoiser call")
-    queue_size: int = Field(default=256, ge=1, description="most requests accepted and unanswered; more get 429")
+    queue_size: int = Field(default=256, description="most heads accepted and unanswered; more get 429")
     request_timeout_s: float = Field(default=30.0, gt=0, description="from first byte of a request to its answer")
     drain_timeout_s: float = Field(default=20.0, ge=0, description="time to finish accepted requests at shutdown")
 
@@ -72,6 +73,13 @@ class Settings(BaseSettings):
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severe log line")
+
+    @field_validator("queue_size")
+    @classmethod
+    def _samples_have_places(cls, value: int) -> int:
+        if value < MAX_SAMPLES:
+            raise ValueError(f"must be at least {MAX_SAMPLES}: one request may ask for so many samples")
+        return value
 
     @field_validator("redis_url")
     @classmethod

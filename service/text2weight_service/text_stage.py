@@ -13,6 +13,7 @@ from torch import Tensor
 
 from text2weight.errors import InvalidInputError
 from text2weight.text_encoder import TextEncoder
+from text2weight_service.call_watch import CallWatch
 from text2weight_service.embedding_cache import MemoryCache
 from text2weight_service.metrics import Metrics
 from text2weight_service.work_queue import WorkItem, WorkQueue
@@ -36,8 +37,13 @@ def fail_item(item: WorkItem, error: Exception) -> bool:
     return True
 
 
-def encode_texts(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
+def encode_texts(encoder: TextEncoder, texts: Sequence[str], watch: CallWatch) -> dict[str, Tensor]:
     """Embeddings (D,) by text, from calls of one size: no bit of one depends on what is encoded with it.
+
+    Args:
+        encoder: makes the embeddings.
+        texts: any number.
+        watch: sees each call.
 
     Raises:
         Whatever the encoder raises.
@@ -46,8 +52,10 @@ def encode_texts(encoder: TextEncoder, texts: Sequence[str]) -> dict[str, Tensor
     for start in range(0, len(texts), TEXTS_PER_CALL):
         part = list(texts[start : start + TEXTS_PER_CALL])
         padded = part + part[:1] * (TEXTS_PER_CALL - len(part))
+        with watch:
+            encoded = encoder.encode(padded)  # (TEXTS_PER_CALL, D)
         # Copies, because a row of the result would keep the whole result alive in the cache.
-        rows.update({text: row.clone() for text, row in zip(part, encoder.encode(padded), strict=False)})
+        rows.update({text: row.clone() for text, row in zip(part, encoded, strict=False)})
     return rows
 
 
@@ -57,6 +65,7 @@ class TextStage:
     def __init__(self, encoder: TextEncoder, memory: MemoryCache, queue: WorkQueue, metrics: Metrics) -> None:
         """Encode for a queue; `memory` keeps what was encoded."""
         self.in_doubt = False  # set when the encoder failed on an item; who checks the model clears it
+        self.watch = CallWatch()
         self._encoder = encoder
         self._memory = memory
         self._queue = queue
@@ -96,7 +105,7 @@ class TextStage:
         unknown = [text for text in missing if text not in rows]
         encoded: dict[str, Tensor] = {}
         if unknown:
-            encoded = encode_texts(self._encoder, unknown)
+            encoded = encode_texts(self._encoder, unknown, self.watch)
             self._memory.put(encoded)
         spent = time.monotonic() - started_at
         self._metrics.stage_seconds.labels("encode").observe(spent)

@@ -26,6 +26,10 @@ class DeadlineError(Exception):
     """The request's time was over before its result was there, or cannot suffice."""
 
 
+class HopelessError(DeadlineError):
+    """The request's time cannot suffice; nothing was computed."""
+
+
 class StoppedError(Exception):
     """The worker stopped before the request was computed."""
 

@@ -317,6 +317,37 @@ def test_deadline(hurried: Live, head: bytes, monkeypatch: pytest.MonkeyPatch) -
     assert "image[1]" not in calls, "pictures were decoded that nobody waited for"
 
 
+def test_nothing_is_computed_for_a_client_that_left(
+    service: Live, head: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, calls, decode = threading.Event(), [], classify.picture_pixels
+
+    def held(data: bytes, side: int, field: str) -> torch.Tensor:
+        calls.append(field)
+        assert gate.wait(20)
+        return decode(data, side, field)
+
+    good = encoded(picture())
+    assert post(service, head, good).status_code == 200  # the backbone is loaded
+    monkeypatch.setattr(classify, "picture_pixels", held)
+    left = {"method": "POST", "route": "/classify", "status": "499"}
+    before = service.metric("t2w_http_requests_total", **left)
+    files = [("head", head), ("image", good), ("image", good)]
+    try:
+        timeout = httpx.Timeout(20, read=2.0)
+        with (
+            httpx.Client(base_url=service.client.base_url, timeout=timeout) as leaver,
+            pytest.raises(httpx.ReadTimeout),
+        ):
+            leaver.post("/classify", files=files)
+        wait_for(lambda: service.metric("t2w_http_requests_total", **left) == before + 1, "noticing")
+        wait_for(lambda: calls, "the first picture")
+    finally:
+        gate.set()
+    assert post(service, head, good).status_code == 200
+    assert calls == ["image[0]", "image[0]"], "a picture was decoded that nobody waited for"
+
+
 def test_body_that_does_not_arrive(hurried: Live) -> None:
     with socket.create_connection(("127.0.0.1", hurried.port), timeout=10) as connection:
         lines = ["POST /classify HTTP/1.1", "Host: x", "Content-Type: multipart/form-data; boundary=b"]

@@ -10,7 +10,9 @@ from tests.service.engines import job, metric, running, until
 from tests.service.fakes import FakeModel
 from text2weight.artifact import read_head
 from text2weight.sampling import Sample
+from text2weight_service import engine as engine_module
 from text2weight_service.engine import BusyError, Engine
+from text2weight_service.ladder import Shape
 from text2weight_service.work_queue import DeadlineError, Generated, Progress
 
 
@@ -93,6 +95,46 @@ async def test_a_request_that_cannot_be_finished_in_time_is_refused_at_once(mode
         assert metric(engine, "t2w_refused_total", reason="deadline") == 1
         assert model.steps_made == made
         await engine.generate(job("short", "enough", steps=3, within_s=1.0))
+
+
+async def refused_for_its_time(engine: Engine, seed: int) -> bool:
+    try:
+        await engine.generate(job("apple", "bus", seed=seed, steps=10, within_s=0.5))
+    except DeadlineError:
+        return True
+    return False
+
+
+def remember_slow_calls(engine: Engine) -> None:
+    for _ in range(200):
+        engine._loaded.runner.times.add(Shape(8, guided=False), 1, 0.1)  # type: ignore[union-attr]
+
+
+async def test_estimates_of_a_slow_spell_do_not_outlive_it(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused requests teach nothing, so the idle device is measured for them."""
+    monkeypatch.setattr(engine_module, "_STALE_S", 0.05)
+    async with running(model) as engine:
+        remember_slow_calls(engine)
+        assert await refused_for_its_time(engine, 0)
+        assert model.steps_made == 0
+        for seed in range(1, 100):
+            if not await refused_for_its_time(engine, seed):
+                break
+            await asyncio.sleep(0.02)
+        else:
+            pytest.fail("the device is fast, and everything is refused")
+
+
+async def test_a_device_whose_requests_are_all_refused_is_checked(model: FakeModel) -> None:
+    async with running(model, self_check_s=0.1) as engine:
+        remember_slow_calls(engine)
+        slow(model, 0.1)
+        model.lost = True
+        end = time.monotonic() + 10
+        while engine.alive:
+            assert time.monotonic() < end, "nobody noticed that the device is lost"
+            assert await refused_for_its_time(engine, 0)
+            await asyncio.sleep(0.01)
 
 
 async def test_a_request_that_the_others_leave_no_time_for_is_refused_at_once(model: FakeModel) -> None:

@@ -94,10 +94,10 @@ def test_result_does_not_depend_on_neighbours(model: FakeModel, pool: ThreadPool
 
 
 def test_full_queue_is_refused_at_once(model: FakeModel, pool: ThreadPoolExecutor) -> None:
-    with serve(lambda _: model, queue_size=4) as live:  # the one that keeps the model busy has a place, too
+    with serve(lambda _: model, queue_size=16) as live:  # the one that keeps the model busy has a place, too
         with busy(live, model, pool) as post:
-            posted = [post("apple", "bus", seed=i) for i in range(3)]
-            waiting(live, 3)
+            posted = [post("apple", "bus", seed=i) for i in range(15)]
+            waiting(live, 15)
             refused = live.generate("one", "too many")
         assert refused.status_code == 429
         assert refused.json()["type"] == "urn:text2weight:problem:queue-full"

@@ -1,7 +1,10 @@
 """Calls that fail: whom that may hurt, memory that runs out, devices that are lost, hang or compute nonsense."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import structlog
@@ -16,8 +19,9 @@ from text2weight_service.batch_runner import BatchRunner, SelfCheckError
 from text2weight_service.engine import Engine, NotReadyError, Phase
 from text2weight_service.ladder import CALLS_TO_RECOVER
 from text2weight_service.metrics import Metrics
+from text2weight_service.settings import Settings
 from text2weight_service.text_stage import GenerationFailedError
-from text2weight_service.work_queue import Generated
+from text2weight_service.work_queue import Generated, Progress
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +104,30 @@ async def test_out_of_memory_makes_calls_smaller_for_a_while(model: FakeModel, e
         assert engine.alive
 
 
+@pytest.mark.parametrize("where", ["begin", "preview", "finish"])
+@pytest.mark.parametrize("times", [1, 2])
+async def test_out_of_memory_between_calls_makes_them_smaller_and_is_tried_once_more(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, where: str, times: int
+) -> None:
+    async with running(model, max_batch_size=8) as engine:
+        call, errors = getattr(model, where), [MemoryError() for _ in range(times)]
+
+        def short_of_memory(*args: Any) -> Any:
+            if errors:
+                raise errors.pop()
+            return call(*args)
+
+        monkeypatch.setattr(model, where, short_of_memory)
+        if times == 1:
+            assert len(await watch(engine)) == 2
+        else:
+            with pytest.raises(GenerationFailedError):
+                await watch(engine)
+        assert metric(engine, "t2w_largest_call_rows") == 4
+        assert (await engine.generate(job("next", "bus"))).data
+        assert engine.alive
+
+
 async def test_a_request_too_large_for_the_memory_fails_alone(model: FakeModel) -> None:
     def trouble(samples: Sequence[Sample], rows: int) -> None:
         if any(sample.request.classes[0] == "huge" for sample in samples):
@@ -128,6 +156,28 @@ async def test_a_device_lost_between_steps_fails_what_runs_and_waits(model: Fake
             await engine.generate(job("apple", "bus"))
 
 
+async def test_a_device_that_fails_at_the_end_of_requests_is_noticed_while_others_go_on(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(model) as engine:
+        model.trouble = lambda samples, rows: time.sleep(0.002)
+        long = asyncio.create_task(engine.generate(job("long", "bus", steps=1000)))
+        await until(model.entered.is_set, "a call")
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(model, "finish", fail)
+        # One call moves both, so it is none in which nothing could be computed.
+        engine._loaded.runner.ladder.choose = lambda count, seconds: 8  # type: ignore[union-attr, method-assign]
+        with pytest.raises(GenerationFailedError):
+            await engine.generate(job("short", "bus"))
+        await until(lambda: not engine.alive, "noticing", 2)
+        with pytest.raises(NotReadyError):
+            await long
+    assert model.steps_made < 1000
+
+
 @pytest.mark.parametrize("how", ["lost", "wrong"])
 async def test_an_idle_device_is_checked(model: FakeModel, how: str) -> None:
     async with running(model, self_check_s=0.05) as engine:
@@ -151,17 +201,91 @@ async def test_a_text_encoder_that_is_lost_is_noticed(model: FakeModel) -> None:
         await until(lambda: not engine.alive, "noticing")
 
 
-async def test_a_call_that_hangs_flips_liveness(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["encode", "begin", "advance", "preview", "finish"])
+async def test_a_call_that_hangs_is_a_failed_worker_until_it_returns(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     monkeypatch.setattr(engine_module, "LONGEST_CALL_S", 0.1)
+    owner = model.text_encoder if where == "encode" else model
+    call, gate, entered = getattr(owner, where), threading.Event(), threading.Event()
+
+    def hang(*args: Any) -> Any:
+        entered.set()
+        assert gate.wait(20)
+        return call(*args)
+
     async with running(model) as engine:
-        model.gate.clear()
-        task = asyncio.create_task(engine.generate(job("apple", "bus")))
-        await until(model.entered.is_set, "a call")
-        assert engine.alive
-        await until(lambda: not engine.alive, "noticing")
-        model.gate.set()
+        monkeypatch.setattr(owner, where, hang)
+        task = asyncio.create_task(watch(engine))
+        await until(entered.is_set, "a call")
+        await until(lambda: engine.phase is Phase.FAILED, "noticing")
+        assert not engine.alive
+        with pytest.raises(NotReadyError):
+            await engine.generate(job("other", "bus"))
+        gate.set()
         await task
-        assert engine.alive
+        await until(lambda: engine.alive and engine.phase is Phase.READY, "recovery")
+        assert (await engine.generate(job("other", "bus"))).data
+
+
+async def watch(engine: Engine) -> list[Progress | Generated]:
+    return [event async for event in engine.stream(job("apple", "bus"), heads_every=1)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("thread", ["model", "text"])
+async def test_a_thread_that_died_is_a_failed_worker(
+    model: FakeModel, monkeypatch: pytest.MonkeyPatch, thread: str
+) -> None:
+    async with running(model, drain_timeout_s=0.1) as engine:
+        assert engine._loaded is not None
+
+        def die(*_: object) -> None:
+            raise SystemError("a mistake of ours")
+
+        if thread == "model":
+            monkeypatch.setattr(engine._loaded.runner, "step", die)
+        else:
+            monkeypatch.setattr(engine._loaded.texts, "_embed", die)
+        task = asyncio.create_task(engine.generate(job("apple", "bus")))
+        await until(lambda: engine.phase is Phase.FAILED, "noticing")
+        with pytest.raises(NotReadyError):
+            await engine.generate(job("other", "bus"))
+        task.cancel()
+        await asyncio.wait((task,))
+
+
+@pytest.mark.parametrize("what", ["load", "call"])
+async def test_what_hangs_holds_a_stop_up_for_one_drain_timeout_and_no_longer(model: FakeModel, what: str) -> None:
+    gate = threading.Event()
+
+    def load(_: Settings) -> FakeModel:
+        if what == "load":
+            assert gate.wait(20)
+        return model
+
+    engine = Engine(Settings(drain_timeout_s=2.0), load=load)
+    engine.start()
+    task = None
+    try:
+        if what == "call":
+            await until(lambda: engine.phase is Phase.READY, "warm-up")
+            model.gate.clear()
+            task = asyncio.create_task(engine.generate(job("apple", "bus", steps=9)))
+            await until(model.entered.is_set, "a call")
+        engine.begin_drain()
+        await asyncio.sleep(1.8)
+        engine.begin_drain()  # a second signal gives no second timeout
+        started_at = time.monotonic()
+        await engine.stop()
+        assert time.monotonic() - started_at < 1.5
+    finally:
+        gate.set()
+        model.gate.set()
+    if task is not None:
+        with pytest.raises(NotReadyError):
+            await task
+    await until(lambda: not engine._thread.is_alive(), "the end of the thread")
 
 
 def test_the_self_check_knows_its_head_again(model: FakeModel) -> None:

@@ -168,6 +168,24 @@ async def test_workers_share_heads_through_a_store() -> None:
     assert other.get(KEY) == HEAD
 
 
+@pytest.mark.parametrize("where", ["memory", "store"])
+async def test_a_head_that_is_there_is_served_however_long_it_would_take_to_compute(
+    model: FakeModel, where: str
+) -> None:
+    async with running(model) as engine:
+        held = job("apple", "bus", seed=1, steps=9, within_s=5.0)
+        if where == "memory":
+            engine._heads.keep(plan_work(model, held).key, HEAD)
+        else:
+            engine._heads._store = store = FakeStore()
+            await HeadCache(1, store, 60, Metrics()).share(plan_work(model, held).key, HEAD)
+        engine._loaded.runner.times.seconds = lambda shape, rows: 1.0  # type: ignore[union-attr, method-assign]
+        with pytest.raises(DeadlineError, match="9 steps take about"):
+            await engine.generate(replace(held, seed=2))
+        assert (await engine.generate(held)).data == HEAD
+    assert model.steps_made == 0
+
+
 async def test_what_is_not_whole_is_not_served() -> None:
     store, metrics = FakeStore(), Metrics()
     cache = HeadCache(1, store, 60, metrics)

@@ -2,10 +2,14 @@
 
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
 from text2weight.errors import CheckpointError
+from text2weight_service import engine
 from text2weight_service.model import Model
 from text2weight_service.settings import Settings
 
@@ -49,6 +53,28 @@ def test_model_that_fails_its_warm_up(model: FakeModel) -> None:
     model.lost = True
     with serve(lambda _: model) as live:
         assert live.client.get("/health/live").status_code == 503
+
+
+def test_a_call_that_hangs_takes_the_worker_out_until_it_returns(
+    live: Live, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LONGEST_CALL_S", 0.1)
+    model.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            hung = pool.submit(live.generate, "apple", "bus")
+            wait_for(lambda: live.client.get("/health/live").status_code == 503, "noticing")
+            for response in (live.client.get("/health/ready"), live.generate("other", "bus")):
+                assert response.status_code == 503
+                assert response.json()["type"] == "urn:text2weight:problem:unavailable"
+            assert live.metric("t2w_ready") == 0
+            assert live.metric("t2w_phase", phase="failed") == 1
+        finally:
+            model.gate.set()
+        assert hung.result().status_code == 200
+    assert live.client.get("/health/live").status_code == 200
+    assert live.client.get("/health/ready").status_code == 200
+    assert live.generate("other", "bus").status_code == 200
 
 
 def test_metrics(live: Live) -> None:

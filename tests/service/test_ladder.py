@@ -112,6 +112,16 @@ def test_one_pause_of_the_machine_is_not_the_models_time() -> None:
     assert times.seconds(FEW, 1) < 2 * on_a_processor(1)
 
 
+def test_times_follow_a_machine_that_is_fast_again_at_once_and_for_all_sizes() -> None:
+    times = StepTimes(17)
+    for rows in (1, 2, 4, 8) * 50:
+        times.add(FEW, rows, 30 * on_a_processor(rows))
+    for _ in range(8):
+        times.add(FEW, 1, on_a_processor(1))
+    for rows in (1, 8, 32):
+        assert on_a_processor(rows) < times.seconds(FEW, rows) < 2.5 * on_a_processor(rows)
+
+
 def one(left: int, *, last_turn: int = 0, capacity: int = 8, guided: bool = False, deadline: float = 0.0) -> Running:
     """A running item with so many calls left."""
     item: Any = SimpleNamespace(calls_left=left, guided=guided, deadline=deadline)

@@ -15,6 +15,7 @@ from tests.service.engines import job, running
 from text2weight import GenerationRequest, Generator
 from text2weight.artifact import HeadArtifact, read_head
 from text2weight.checkpoint import bundled_checkpoint, read_config
+from text2weight_service.call_watch import CallWatch
 from text2weight_service.engine import Engine
 from text2weight_service.job import Job
 from text2weight_service.text_stage import encode_texts
@@ -56,7 +57,7 @@ def served(generator: Generator) -> Iterator[tuple[asyncio.Runner, Engine]]:
 
 def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
     """The head without any engine, in calls of a fixed size."""
-    embeddings = encode_texts(generator.text_encoder, generator.prompts(asked.classes))
+    embeddings = encode_texts(generator.text_encoder, generator.prompts(asked.classes), CallWatch())
     sampler, steps = generator.resolve_sampling(asked.sampler, asked.steps)
     request = GenerationRequest(asked.classes, torch.stack(list(embeddings.values())), asked.seed, steps, sampler)
     sample = generator.begin(request)

@@ -1,12 +1,15 @@
 """Settings: names, types, secrets, and typing mistakes in the environment."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from pydantic import ValidationError
 
 from tests.service.fakes import FakeModel
-from tests.service.live import serve
+from tests.service.live import serve, wait_for
 from text2weight.condition import MAX_CLASSES
 from text2weight_service.model import Model
+from text2weight_service.schemas import MAX_SAMPLES
 from text2weight_service.settings import Settings, unknown_variables, variable_name
 
 
@@ -26,6 +29,7 @@ def test_variables_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ("T2W_HTTP_PORT", "http"),
         ("T2W_HTTP_PORT", "70000"),
         ("T2W_MAX_BATCH_SIZE", "0"),
+        ("T2W_QUEUE_SIZE", str(MAX_SAMPLES - 1)),
         ("T2W_MAX_CLASSES", str(MAX_CLASSES + 1)),
         ("T2W_REQUEST_TIMEOUT_S", "0"),
         ("T2W_LOG_LEVEL", "loud"),
@@ -37,6 +41,19 @@ def test_wrong_values_are_refused(monkeypatch: pytest.MonkeyPatch, name: str, va
     with pytest.raises(ValidationError) as caught:
         Settings()
     assert [variable_name(str(error["loc"][0])) for error in caught.value.errors()] == [name]
+
+
+def test_the_smallest_queue_holds_the_most_samples(model: FakeModel) -> None:
+    with serve(lambda _: model, queue_size=MAX_SAMPLES) as live:
+        assert live.client.get("/info").json()["limits"]["max_samples"] == MAX_SAMPLES
+        model.gate.clear()  # or the first would be finished before the last has come
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(live.generate, "apple", "bus", samples=MAX_SAMPLES)
+            wait_for(lambda: live.metric("t2w_queue_waiting") + live.metric("t2w_running") == MAX_SAMPLES, "samples")
+            model.gate.set()
+        assert asked.result().status_code == 200
+    with pytest.raises(ValidationError, match="must be at least 16: one request may ask for so many samples"):
+        Settings(queue_size=MAX_SAMPLES - 1)
 
 
 def test_default_allows_as_many_classes_as_the_model_library() -> None:
