@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 from text2weight_client.client import DEFAULT_CONCURRENCY, DEFAULT_READY_TIMEOUT_S, BaseClient
-from text2weight_client.errors import InvalidRequestError, Text2WeightClientError
+from text2weight_client.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     import httpx
 
-    from text2weight_client.connection import HttpOptions
+    from text2weight_client.connection import HttpOptions, TimeLeft
     from text2weight_client.fuse_task import FuseTask
     from text2weight_client.head import GeneratedHead
     from text2weight_client.heads import GeneratedHeads
@@ -129,9 +129,8 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
     async def wait_until_ready(self, timeout_s: float = DEFAULT_READY_TIMEOUT_S) -> None:
         """Return as soon as the service takes requests; see `Client.wait_until_ready`."""
         from text2weight_client.protocol import ready_exchange
-        from text2weight_client.retries import ready_policy
 
-        await self._repeat(ready_exchange(), ready_policy(timeout_s))
+        await self._repeat(ready_exchange(), *self._ready_plan(timeout_s))
 
     async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         """Send any request and get the answer as it is; see `Client.request`."""
@@ -158,36 +157,31 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
 
     async def _send_one_of(self, many: Many, index: int, free: asyncio.Semaphore) -> None:
         async with free:
-            if many.stopped:
-                return
-            try:
-                head = await self._send(many.exchanges[index])
-            except Text2WeightClientError as error:
-                many.note(index, error)
-            else:
-                many.note(index, head)
+            if not many.stopped:
+                with many.keeping_errors(index):
+                    many.heads[index] = await self._send(many.exchanges[index])
 
     async def _send(self, exchange: Exchange[T], *, stream: bool = False) -> T:
-        timed = exchange.with_deadline(self._deadline.milliseconds)
+        left, policy = self._plan()
         try:
-            return await self._repeat(timed, self._policy, stream)
+            return await self._repeat(exchange, left, policy, stream)
         except InvalidRequestError as error:
-            if timed is exchange or not self._deadline.give_up_if_refused(error):
+            if not self._without_deadline(exchange, error):
                 raise
-        return await self._repeat(exchange, self._policy, stream)
+        return await self._repeat(exchange, left, policy, stream)
 
-    async def _repeat(self, exchange: Exchange[T], policy: RetryPolicy, stream: bool = False) -> T:
+    async def _repeat(self, exchange: Exchange[T], left: TimeLeft, policy: RetryPolicy, stream: bool = False) -> T:
         from tenacity import AsyncRetrying
 
-        result: T = await AsyncRetrying(**policy)(self._attempt, exchange, stream)
+        result: T = await AsyncRetrying(**policy)(self._attempt, exchange, left, stream)
         return result
 
-    async def _attempt(self, exchange: Exchange[T], stream: bool) -> T:
+    async def _attempt(self, exchange: Exchange[T], left: TimeLeft, stream: bool) -> T:
         from text2weight_client.connection import connection_errors, log_answer
 
         started = time.perf_counter()
         with connection_errors():
-            response = await self._http.send(exchange.request(self._http), stream=stream)
+            response = await self._http.send(self._request(exchange, left), stream=stream)
             log_answer(response, started)
             if stream and not response.is_success:
                 await response.aread()

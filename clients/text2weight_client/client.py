@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
 
-from text2weight_client.errors import InvalidRequestError, Text2WeightClientError
+from text2weight_client.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     import httpx
 
-    from text2weight_client.connection import HttpOptions
+    from text2weight_client.connection import HttpOptions, TimeLeft
     from text2weight_client.fuse_task import FuseTask
     from text2weight_client.head import GeneratedHead
     from text2weight_client.heads import GeneratedHeads
@@ -55,20 +55,23 @@ class BaseClient(ABC, Generic[HttpT, TransportT]):
         Args:
             base_url: where the service listens; may hold a path prefix.
             api_key: sent as a Bearer token, if the service wants one; never logged or shown.
-            timeout_s: seconds to wait for a connection, and for each read of an answer. Sent along as
-                `deadline_ms` where it is shorter than the service's own request timeout.
-            max_retries: further attempts after a failed connection or status 429, 502, 503 or 504.
+            timeout_s: seconds that a call may take, with all its attempts and the waits between them; of
+                `generate_many`, each request. What is left is sent along as `deadline_ms` where it is
+                shorter than the service's own request timeout.
+            max_retries: further attempts after a failed connection, status 429, 502, 503 or 504, or a 500
+                that is not the service's own.
             transport: an httpx transport in place of the network (tests, Unix sockets).
 
         Raises:
             ValueError: a setting is not allowed.
         """
-        from text2weight_client import connection, retries
+        from text2weight_client import connection
 
         options = connection.http_options(base_url, api_key, timeout_s, max_retries)
         self._http = self._open_http(options, transport)
-        self._deadline = connection.Deadline(timeout_s)
-        self._policy = retries.request_policy(max_retries)
+        self._deadline = connection.Deadline()
+        self._timeout_s = timeout_s
+        self._max_retries = max_retries
         self._shown = f"{base_url!r}, api_key={'None' if api_key is None else '***'}, timeout_s={timeout_s:g}"
 
     def __repr__(self) -> str:
@@ -77,6 +80,31 @@ class BaseClient(ABC, Generic[HttpT, TransportT]):
     @abstractmethod
     def _open_http(self, options: HttpOptions, transport: TransportT | None) -> HttpT:
         """The pool of connections."""
+
+    def _plan(self) -> tuple[TimeLeft, RetryPolicy]:
+        """The time of a call that begins now, and how its request is repeated within it."""
+        from text2weight_client.connection import TimeLeft
+        from text2weight_client.retries import request_policy
+
+        left = TimeLeft(self._timeout_s)
+        return left, request_policy(self._max_retries, left)
+
+    def _ready_plan(self, timeout_s: float) -> tuple[TimeLeft, RetryPolicy]:
+        """The same for a wait until the service is ready."""
+        from text2weight_client.connection import TimeLeft
+        from text2weight_client.retries import ready_policy
+
+        left = TimeLeft(timeout_s)
+        return left, ready_policy(left)
+
+    def _request(self, exchange: Exchange[T], left: TimeLeft) -> httpx.Request:
+        """The request of one attempt; it may wait, and asks the service to work, only for the time that is left."""
+        left_s = left.seconds
+        return exchange.with_deadline(self._deadline.milliseconds(left_s)).request(self._http, left_s)
+
+    def _without_deadline(self, exchange: Exchange[T], error: InvalidRequestError) -> bool:
+        """Whether to ask again at once, because all that was refused is the deadline that this client chose."""
+        return exchange.wants_deadline and self._deadline.give_up_if_refused(error)
 
 
 class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
@@ -107,7 +135,8 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
             InvalidRequestError: a value is not allowed; the message says which.
             APIError: any other error status, by class (see `text2weight_client.errors`).
             APIConnectionError: the service cannot be reached.
-            APITimeoutError: no answer within `timeout_s`.
+            APITimeoutError: no answer within what was left of `timeout_s`. Where no time is left to wait for
+                another attempt, the error of the last one is raised and says so.
             InvalidResponseError: the answer is not a head.
         """
         from text2weight_client.protocol import generate_exchange, samples_exchange
@@ -199,7 +228,8 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
             A `ProgressEvent` for each denoiser call, `HeadEvent` where asked for, and one `DoneEvent` at last.
 
         Raises:
-            Text2WeightClientError: as for `generate`. A stream that has begun is not asked for again.
+            Text2WeightClientError: as for `generate`. A stream that has begun is not asked for again; from
+                then on what was left of `timeout_s` bounds each read, and the service's own work.
         """
         from contextlib import closing
 
@@ -247,13 +277,12 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
         """Return as soon as the service takes requests.
 
         Raises:
-            APITimeoutError: it does not within `timeout_s` seconds.
+            APITimeoutError: it does not within `timeout_s` seconds, which go before the client's own.
             APIError: what listens there answers neither "ready" nor "not yet".
         """
         from text2weight_client.protocol import ready_exchange
-        from text2weight_client.retries import ready_policy
 
-        self._repeat(ready_exchange(), ready_policy(timeout_s))
+        self._repeat(ready_exchange(), *self._ready_plan(timeout_s))
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         """Send any request and get the answer as it is; retries and errors are those of the other calls.
@@ -288,36 +317,31 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
         return httpx.Client(**options, transport=transport)
 
     def _send_one_of(self, many: Many, index: int) -> None:
-        if many.stopped:
-            return
-        try:
-            head = self._send(many.exchanges[index])
-        except Text2WeightClientError as error:
-            many.note(index, error)
-        else:
-            many.note(index, head)
+        if not many.stopped:
+            with many.keeping_errors(index):
+                many.heads[index] = self._send(many.exchanges[index])
 
     def _send(self, exchange: Exchange[T], *, stream: bool = False) -> T:
-        timed = exchange.with_deadline(self._deadline.milliseconds)
+        left, policy = self._plan()
         try:
-            return self._repeat(timed, self._policy, stream)
+            return self._repeat(exchange, left, policy, stream)
         except InvalidRequestError as error:
-            if timed is exchange or not self._deadline.give_up_if_refused(error):
+            if not self._without_deadline(exchange, error):
                 raise
-        return self._repeat(exchange, self._policy, stream)
+        return self._repeat(exchange, left, policy, stream)
 
-    def _repeat(self, exchange: Exchange[T], policy: RetryPolicy, stream: bool = False) -> T:
+    def _repeat(self, exchange: Exchange[T], left: TimeLeft, policy: RetryPolicy, stream: bool = False) -> T:
         from tenacity import Retrying
 
-        result: T = Retrying(**policy)(self._attempt, exchange, stream)
+        result: T = Retrying(**policy)(self._attempt, exchange, left, stream)
         return result
 
-    def _attempt(self, exchange: Exchange[T], stream: bool) -> T:
+    def _attempt(self, exchange: Exchange[T], left: TimeLeft, stream: bool) -> T:
         from text2weight_client.connection import connection_errors, log_answer
 
         started = time.perf_counter()
         with connection_errors():
-            response = self._http.send(exchange.request(self._http), stream=stream)
+            response = self._http.send(self._request(exchange, left), stream=stream)
             log_answer(response, started)
             if stream and not response.is_success:
                 response.read()

@@ -34,7 +34,7 @@ KeyOption = Annotated[
         help="If the service wants one. Better in the variable: other users can read a command line.",
     ),
 ]
-TimeoutOption = Annotated[float, typer.Option(help="Seconds to wait for an answer.")]
+TimeoutOption = Annotated[float, typer.Option(help="Seconds that asking may take, retries included.")]
 SeedOption = Annotated[int | None, typer.Option(min=0, help="Equal seeds give equal heads; random if not given.")]
 StepsOption = Annotated[int | None, typer.Option(min=1, help="Denoiser calls; the service's default if not given.")]
 SamplerOption = Annotated[str | None, typer.Option(help="The service's default if not given.")]

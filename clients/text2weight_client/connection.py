@@ -36,7 +36,6 @@ class HttpOptions(TypedDict):
 
     base_url: str
     headers: dict[str, str]
-    timeout: float
     limits: httpx.Limits
 
 
@@ -59,7 +58,20 @@ def http_options(base_url: str, api_key: str | None, timeout_s: float, max_retri
         if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
             raise ValueError("api_key must be printable ASCII text without line ends")
         headers["Authorization"] = f"Bearer {api_key}"
-    return {"base_url": base_url, "headers": headers, "timeout": timeout_s, "limits": _LIMITS}
+    return {"base_url": base_url, "headers": headers, "limits": _LIMITS}
+
+
+class TimeLeft:
+    """The time of one call, which all its attempts and the waits between them share; it begins at once."""
+
+    def __init__(self, total_s: float) -> None:
+        self.total_s = total_s
+        self._ends = time.monotonic() + total_s
+
+    @property
+    def seconds(self) -> float:
+        """What is left of it; below 0 when it is over."""
+        return self._ends - time.monotonic()
 
 
 class Deadline:
@@ -69,14 +81,12 @@ class Deadline:
     ends the request anyway.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self) -> None:
         self._limit_s = USUAL_REQUEST_TIMEOUT_S
 
-    @property
-    def milliseconds(self) -> int | None:
-        """The client's timeout, if it is shorter than the service's."""
-        return max(1, int(self._timeout_s * 1000)) if self._timeout_s < self._limit_s else None
+    def milliseconds(self, left_s: float) -> int | None:
+        """The time that is left of a call, if that is shorter than the service's own timeout."""
+        return max(1, int(left_s * 1000)) if left_s < self._limit_s else None
 
     def learn(self, info: dict[str, Any]) -> None:
         """Take the service's request timeout from its GET /info."""

@@ -18,7 +18,7 @@ class SamplingOptions(TypedDict, total=False):
         sampler: one of `info().model.samplers`.
         guidance_scale: how far to go towards the text; needs `info().features.guidance`.
         precision: type of the numbers in the answer; fp32 if absent.
-        deadline_ms: the service gives up after this many milliseconds; the client's `timeout_s` if absent.
+        deadline_ms: the service gives up after this many milliseconds; what is left of `timeout_s` if absent.
     """
 
     seed: int | None

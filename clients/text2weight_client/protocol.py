@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, Unpack
@@ -38,6 +40,8 @@ from text2weight_client.results import ClassifiedImage, ClassProbability, Respon
 T = TypeVar("T")
 
 READY_PROBE_TIMEOUT_S = 5.0
+# A sleep may last a little longer than asked for; an attempt that is late by so much still gets a valid timeout.
+MIN_WAIT_S = 0.001
 OCTETS = "application/octet-stream"
 # Name, file name, content and content type, as httpx takes them.
 FilePart = tuple[str, tuple[str | None, bytes, str]]
@@ -54,8 +58,8 @@ class Exchange(Generic[T]):
         read: turns a successful response into the result.
         body: sent as JSON, or beside files as the part `request`; None for no body.
         files: parts of a multipart body; none for a JSON body.
-        timeout_s: in place of the client's own timeout.
-        takes_deadline: whether the client's timeout may be sent as `deadline_ms`.
+        timeout_s: the most that one attempt may wait, where that is less than what is left of the call.
+        takes_deadline: whether the service reads `deadline_ms` in the body.
     """
 
     method: str
@@ -63,12 +67,17 @@ class Exchange(Generic[T]):
     read: Callable[[httpx.Response], T]
     body: dict[str, Any] | None = None
     files: tuple[FilePart, ...] = ()
-    timeout_s: float | None = None
+    timeout_s: float = math.inf
     takes_deadline: bool = False
 
-    def request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """Build the request with the client's base URL, headers and timeout."""
-        timeout = http.timeout if self.timeout_s is None else httpx.Timeout(self.timeout_s)
+    def request(self, http: httpx.Client | httpx.AsyncClient, left_s: float) -> httpx.Request:
+        """Build the request of one attempt, with the client's base URL and headers.
+
+        Args:
+            http: the client.
+            left_s: seconds that the attempt may wait for a connection, and for each read of its answer.
+        """
+        timeout = httpx.Timeout(max(MIN_WAIT_S, min(left_s, self.timeout_s)))
         if not self.files:
             return http.build_request(self.method, self.path, json=self.body, timeout=timeout)
         parts = list(self.files)
@@ -88,11 +97,16 @@ class Exchange(Generic[T]):
             raise api_error(response)
         return self.read(response)
 
+    @property
+    def wants_deadline(self) -> bool:
+        """Whether it is the client that decides on `deadline_ms`: the service takes one and the caller gave none."""
+        return self.takes_deadline and self.body is not None and "deadline_ms" not in self.body
+
     def with_deadline(self, deadline_ms: int | None) -> Exchange[T]:
-        """The same exchange with a deadline, if it may have one and has none yet."""
-        if deadline_ms is None or not self.takes_deadline or self.body is None or "deadline_ms" in self.body:
+        """The same exchange with a deadline, if there is one and the caller gave none."""
+        if deadline_ms is None or not self.wants_deadline:
             return self
-        return dataclasses.replace(self, body={**self.body, "deadline_ms": deadline_ms})
+        return dataclasses.replace(self, body={**(self.body or {}), "deadline_ms": deadline_ms})
 
 
 def generate_exchange(classes: Sequence[str], **options: Unpack[GenerateOptions]) -> Exchange[GeneratedHead]:
@@ -112,11 +126,11 @@ def samples_exchange(
 def stream_exchange(
     classes: Sequence[str], heads_every: int | None, **options: Unpack[GenerateOptions]
 ) -> Exchange[httpx.Response]:
-    """POST /generate/stream. A stream is watched, so it has a deadline only where the caller gives one."""
+    """POST /generate/stream; the answer is the open stream."""
     body = {"classes": _listed(classes), **_sent(options, GenerateOptions)}
     if heads_every is not None:
         body["heads_every"] = heads_every
-    return Exchange("POST", "/generate/stream", lambda response: response, body)
+    return Exchange("POST", "/generate/stream", lambda response: response, body, takes_deadline=True)
 
 
 def fuse_exchange(
@@ -180,16 +194,17 @@ class Many:
             raise ValueError(f"concurrency is {concurrency}: allowed are 1 to {MAX_CONNECTIONS}")
         self.exchanges = [generate_exchange(classes, **options) for classes in class_lists]
         self.stopped = False
-        self._heads: dict[int, GeneratedHead] = {}
+        self.heads: dict[int, GeneratedHead] = {}
         self._errors: dict[int, Text2WeightClientError] = {}
 
-    def note(self, index: int, outcome: GeneratedHead | Text2WeightClientError) -> None:
-        """Keep the outcome of one request."""
-        if isinstance(outcome, GeneratedHead):
-            self._heads[index] = outcome
-        else:
-            self._errors[index] = outcome
-            self.stopped = self.stopped or isinstance(outcome, self._OF_THE_SERVICE)
+    @contextmanager
+    def keeping_errors(self, index: int) -> Iterator[None]:
+        """Keep the error of one request in place of raising it; `stopped` is set if the others would meet it too."""
+        try:
+            yield
+        except Text2WeightClientError as error:
+            self._errors[index] = error
+            self.stopped = self.stopped or isinstance(error, self._OF_THE_SERVICE)
 
     def result(self) -> list[GeneratedHead]:
         """All heads in order.
@@ -198,9 +213,9 @@ class Many:
             GenerateManyError: a request failed.
         """
         if self._errors:
-            error = GenerateManyError(self._heads, self._errors, len(self.exchanges))
+            error = GenerateManyError(self.heads, self._errors, len(self.exchanges))
             raise error from self._errors[min(self._errors)]
-        return [self._heads[index] for index in range(len(self.exchanges))]
+        return [self.heads[index] for index in range(len(self.exchanges))]
 
 
 def _listed(classes: Sequence[str]) -> str | list[str]:

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import NoReturn, TypedDict
 
 from tenacity import (
     RetryCallState,
     retry_if_exception,
     retry_if_exception_type,
-    stop_after_attempt,
-    stop_after_delay,
     wait_exponential,
     wait_fixed,
     wait_random,
 )
 from tenacity.retry import retry_base
-from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
-from text2weight_client.connection import logger
+from text2weight_client.connection import TimeLeft, logger
 from text2weight_client.errors import APIConnectionError, APIError, APITimeoutError, NotReadyError
 
 RETRIED_STATUSES = frozenset({429, 502, 503, 504})
-# A caller who set a timeout does not expect to sleep for much longer than this inside one call.
-MAX_RETRY_AFTER_S = 60.0
 READY_PROBE_INTERVAL_S = 0.2
 
-_BACKOFF = wait_exponential(multiplier=0.25, max=8.0) + wait_random(0.0, 0.25)
+_JITTER_S = 0.25
+_JITTER_SHARE = 0.25
+_BACKOFF = wait_exponential(multiplier=0.25, max=8.0) + wait_random(0.0, _JITTER_S)
 
 
 class RetryPolicy(TypedDict, total=False):
@@ -35,59 +33,87 @@ class RetryPolicy(TypedDict, total=False):
 
     retry: retry_base
     wait: wait_base | Callable[[RetryCallState], float]
-    stop: stop_base
-    reraise: bool
+    stop: Callable[[RetryCallState], bool]
     before_sleep: Callable[[RetryCallState], None]
     retry_error_callback: Callable[[RetryCallState], NoReturn]
 
 
-def request_policy(max_retries: int) -> RetryPolicy:
-    """How a request is repeated; the last error is raised as it is."""
+def request_policy(max_retries: int, left: TimeLeft) -> RetryPolicy:
+    """How a request is repeated, within the time of its call; the last error is raised, and says if time ran out."""
+
+    def give_up(state: RetryCallState) -> NoReturn:
+        error = _last_error(state)
+        if state.attempt_number <= max_retries:
+            error.args = (
+                f"{error}; not asked again: the next attempt, in {state.upcoming_sleep:.1f} s, "
+                f"would be after the {left.total_s:g} s of timeout_s",
+            )
+        raise error
+
     return {
         "retry": retry_if_exception(is_retryable),
         "wait": wait_before_retry,
-        "stop": stop_after_attempt(max_retries + 1),
-        "reraise": True,
+        "stop": lambda state: state.attempt_number > max_retries or _too_late(state, left),
         "before_sleep": _log_retry,
+        "retry_error_callback": give_up,
     }
 
 
-def ready_policy(timeout_s: float) -> RetryPolicy:
-    """How the readiness probe is repeated, until `timeout_s` has passed."""
+def ready_policy(left: TimeLeft) -> RetryPolicy:
+    """How the readiness probe is repeated, within its time."""
 
     def give_up(state: RetryCallState) -> NoReturn:
-        last = state.outcome.exception() if state.outcome else None
-        raise APITimeoutError(f"the service was not ready after {timeout_s:g} s; the last attempt: {last}") from last
+        last = _last_error(state)
+        raise APITimeoutError(
+            f"the service was not ready within {left.total_s:g} s; the last attempt: {last}"
+        ) from last
 
     return {
         "retry": retry_if_exception_type((NotReadyError, APIConnectionError)),
         "wait": wait_fixed(READY_PROBE_INTERVAL_S),
-        "stop": stop_after_delay(timeout_s),
+        "stop": lambda state: _too_late(state, left),
         "retry_error_callback": give_up,
     }
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether another attempt may succeed soon: a failed connection, or a status that says "later".
+    """Whether another attempt may succeed: a failed connection, a status that says "later", or a proxy's 500.
 
-    A request that met its deadline is not repeated: the caller's time is over, and a busy service
-    would get busier.
+    The service names every problem of its own. A 500 without a name comes from what stands before it,
+    such as Ray Serve when a replica dies under a request, and another replica may answer. Repeating is
+    safe: the service stores nothing, and a drawn seed stays. A request that met its deadline is not
+    repeated: the caller's time is over, and a busy service would get busier.
     """
     if isinstance(error, APIError):
-        soon = error.retry_after_s is None or error.retry_after_s <= MAX_RETRY_AFTER_S
-        return error.status in RETRIED_STATUSES and error.kind != "deadline" and soon
+        if error.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+            return not error.kind
+        return error.status in RETRIED_STATUSES and error.kind != "deadline"
     return isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError)
 
 
 def wait_before_retry(state: RetryCallState) -> float:
-    """Seconds to wait: what the service asked for, else exponential backoff with jitter."""
-    error = state.outcome.exception() if state.outcome else None
+    """Seconds to wait: what the service asked for, or exponential backoff, and jitter on top.
+
+    All clients that were refused together were told the same time; the longer it is, the more of them
+    have gathered, so the jitter grows with it.
+    """
+    error = _last_error(state)
     if isinstance(error, APIError) and error.retry_after_s is not None:
-        return error.retry_after_s
+        return error.retry_after_s + wait_random(0.0, max(_JITTER_S, _JITTER_SHARE * error.retry_after_s))(state)
     return _BACKOFF(state)
 
 
-def _log_retry(state: RetryCallState) -> None:
+def _too_late(state: RetryCallState, left: TimeLeft) -> bool:
+    return state.upcoming_sleep >= left.seconds
+
+
+def _last_error(state: RetryCallState) -> BaseException:
     error = state.outcome.exception() if state.outcome else None
-    wait_s = state.next_action.sleep if state.next_action else 0.0
+    if error is None:
+        raise AssertionError("only a failed attempt is repeated")
+    return error
+
+
+def _log_retry(state: RetryCallState) -> None:
+    wait_s, error = state.upcoming_sleep, _last_error(state)
     logger.warning("attempt %d failed, the next is in %.1f s: %s", state.attempt_number, wait_s, error)

@@ -145,7 +145,7 @@ def reply() -> type[Reply]:
 
 @pytest.fixture
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the clients would have slept; nothing sleeps."""
+    """Seconds that the clients would have slept; nothing sleeps, and the clock goes on by sleeps alone."""
     asked: list[float] = []
 
     async def note(seconds: float) -> None:
@@ -153,6 +153,7 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(time, "sleep", asked.append)
     monkeypatch.setattr(asyncio, "sleep", note)
+    monkeypatch.setattr(time, "monotonic", lambda: float(sum(asked)))
     return asked
 
 

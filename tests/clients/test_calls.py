@@ -205,7 +205,7 @@ def test_both_kinds_of_429(call: Call, sleeps: list[float], kind: str, error_typ
     with pytest.raises(t2w.RateLimitedError) as caught:
         call(Script(busy), "generate", ["a", "b"], client_options={"max_retries": 1})
     assert type(caught.value) is error_type
-    assert (caught.value.kind, caught.value.retry_after_s, sleeps) == (kind, 2.0, [2.0])
+    assert (caught.value.kind, caught.value.retry_after_s, len(sleeps)) == (kind, 2.0, 1)
 
 
 def test_wrong_key_is_not_tried_twice(call: Call, sleeps: list[float]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import text2weight_client as t2w
 from tests.clients.scripted import Call, Script, problem
 from text2weight_client import AsyncClient, Client
-from text2weight_client.connection import parse_retry_after
+from text2weight_client.connection import PROBLEM_TYPES, parse_retry_after
 
 
 def test_generate_sends_what_was_asked_and_reads_the_head(call: Call, make_head: Any) -> None:
@@ -74,7 +74,8 @@ def test_api_key_and_path_prefix(call: Call) -> None:
 def test_each_status_has_its_error(
     call: Call, sleeps: list[float], status: int, error_type: type[t2w.APIError]
 ) -> None:
-    script = Script(problem(status, title="Refused", detail="classes[1] is empty", errors=[{"field": "classes"}]))
+    fields = {"type": f"{PROBLEM_TYPES}a-kind", "title": "Refused", "detail": "classes[1] is empty"}
+    script = Script(problem(status, **fields, errors=[{"field": "classes"}]))
     with pytest.raises(t2w.APIError) as caught:
         call(script, "generate", ["a", ""], client_options={"max_retries": 2})
     error = caught.value
@@ -112,7 +113,21 @@ def test_retries_ask_for_the_same_head(call: Call, make_head: Any, sleeps: list[
 def test_retry_after_in_seconds_is_honoured(call: Call, make_head: Any, sleeps: list[float]) -> None:
     busy = problem(429, headers={"Retry-After": "7"})
     call(Script(busy, busy, httpx.Response(200, content=make_head())), "generate", ["apple", "bus"])
-    assert sleeps == [7.0, 7.0]
+    assert len(sleeps) == 2
+    assert all(7.0 <= seconds <= 8.75 for seconds in sleeps)
+
+
+@pytest.mark.parametrize(("asked", "spread"), [(0, 0.25), (1, 0.25), (40, 10.0)])
+def test_clients_that_were_refused_together_do_not_come_back_together(
+    call: Call, make_head: Any, sleeps: list[float], asked: int, spread: float
+) -> None:
+    waits = []
+    for _ in range(20):
+        busy = problem(429, headers={"Retry-After": str(asked)})
+        call(Script(busy, httpx.Response(200, content=make_head())), "generate", ["apple", "bus"])
+        waits.append(sleeps.pop())
+    assert asked <= min(waits) < max(waits) <= asked + spread
+    assert max(waits) - min(waits) > spread / 4
 
 
 def test_retry_after_as_a_date_is_honoured(call: Call, make_head: Any, sleeps: list[float]) -> None:
@@ -123,14 +138,33 @@ def test_retry_after_as_a_date_is_honoured(call: Call, make_head: Any, sleeps: l
         ["a", "b"],
     )
     assert len(sleeps) == 1
-    assert 15 < sleeps[0] <= 20
+    assert 15 < sleeps[0] <= 25
 
 
-def test_an_hour_is_not_slept_through(call: Call, sleeps: list[float]) -> None:
-    script = Script(problem(429, headers={"Retry-After": "3600"}))
-    with pytest.raises(t2w.RateLimitedError) as caught:
+@pytest.mark.parametrize("page", [{"text": "Internal Server Error"}, {"json": {"error": "replica died"}}, {}])
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_failure_of_what_stands_before_the_service_is_retried(
+    call: Call, make_head: Any, sleeps: list[float], status: int, page: dict[str, Any]
+) -> None:
+    script = Script(httpx.Response(status, **page), httpx.Response(200, content=make_head()))
+    assert call(script, "generate", ["a", "b"]).classes == ("apple", "bus", "lizard")
+    assert script.bodies[0] == script.bodies[1]
+    assert len(sleeps) == 1
+
+
+def test_failure_before_the_service_is_retried_without_a_seed_too(call: Call, make_head: Any, sleeps: Any) -> None:
+    heads = [t2w.GeneratedHead.from_bytes(make_head(classes)) for classes in (("a", "b"), ("c", "d"))]
+    script = Script(httpx.Response(500, text="died"), httpx.Response(200, content=make_head()))
+    call(script, "fuse", heads, method="average")
+    script = Script(httpx.Response(500, text="died"), httpx.Response(200, json={"images": []}))
+    assert call(script, "classify", heads[0], [b"x"]) == []
+
+
+def test_failure_of_the_service_itself_is_not_retried(call: Call, sleeps: list[float]) -> None:
+    script = Script(problem(500, type="urn:text2weight:problem:internal"))
+    with pytest.raises(t2w.ServerError) as caught:
         call(script, "generate", ["a", "b"])
-    assert caught.value.retry_after_s == 3600
+    assert caught.value.kind == "internal"
     assert (len(script.requests), sleeps) == (1, [])
 
 
@@ -207,8 +241,16 @@ def test_wait_until_ready_polls_until_ready(call: Call, sleeps: list[float]) -> 
 
 
 def test_wait_until_ready_gives_up(call: Call) -> None:
-    with pytest.raises(t2w.APITimeoutError, match=r"not ready after 0\.05 s; the last attempt: 503 No: Why\."):
+    with pytest.raises(t2w.APITimeoutError, match=r"not ready within 0\.05 s; the last attempt: 503 No: Why\."):
         call(Script(problem(503)), "wait_until_ready", 0.05)
+
+
+def test_wait_until_ready_does_not_begin_a_probe_when_its_time_is_over(call: Call, sleeps: list[float]) -> None:
+    script = Script(problem(503))
+    with pytest.raises(t2w.APITimeoutError, match="not ready within 1 s"):
+        call(script, "wait_until_ready", 1.0)
+    assert sum(sleeps) <= 1.0
+    assert [request.extensions["timeout"]["read"] for request in script.requests][:2] == [1.0, pytest.approx(0.8)]
 
 
 def test_wait_until_ready_does_not_wait_for_something_else(call: Call) -> None:

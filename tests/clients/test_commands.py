@@ -34,7 +34,9 @@ def run(*arguments: str | Path, code: int = 0) -> Any:
     return result
 
 
-def test_generate_passes_every_option(local_service: Any, reply: Any, make_head: Any, tmp_path: Path) -> None:
+def test_generate_passes_every_option(
+    local_service: Any, reply: Any, make_head: Any, sleeps: list[float], tmp_path: Path
+) -> None:
     local_service.play(reply(body=make_head(("apple", "bus"))))
     descriptions = tmp_path / "d.json"
     descriptions.write_text('{"apple": "a round fruit", "bus": ["a long car"]}')

@@ -73,11 +73,11 @@ def test_events_are_typed_and_in_order(call: Call, make_head: Any, size: int) ->
     assert events[3].head.response.request_id == "s-1"
 
 
-def test_stream_has_no_deadline_of_the_clients(call: Call, make_head: Any) -> None:
+def test_stream_has_the_timeout_as_its_deadline(call: Call, make_head: Any, sleeps: list[float]) -> None:
     script = Script(*(answer(event("done", seed=1, head=encoded(make_head()))) for _ in range(2)))
     call(script, "stream", ["a", "b"], client_options={"timeout_s": 2.0})
     call(script, "stream", ["a", "b"], deadline_ms=50, client_options={"timeout_s": 2.0})
-    assert [body.get("deadline_ms") for body in script.bodies] == [None, 50]
+    assert [body.get("deadline_ms") for body in script.bodies] == [2000, 50]
     assert all("heads_every" not in body for body in script.bodies)
 
 
