@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from text2weight_service.exchange import EngineDependency, body_docs, head_docs, parse_json
+from text2weight_service.exchange import ReadyEngine, body_docs, head_docs, parse_json
 from text2weight_service.heads import HeadResponse, answer_with_heads, new_job
 from text2weight_service.multipart import read_parts
 from text2weight_service.schemas import EnhanceRequest
@@ -24,7 +24,7 @@ router = APIRouter()
         {"head": HEAD_DOCS, "request": {"$ref": "#/components/schemas/EnhanceRequest"}},
     ),
 )
-async def enhance(request: Request, engine: EngineDependency) -> Response:
+async def enhance(request: Request, engine: ReadyEngine) -> Response:
     """Improve an uploaded head for class names.
 
     Strength 0 returns its weights bit for bit; strength 1 forgets them and equals /generate with the same seed.

@@ -20,7 +20,7 @@ from text2weight.errors import InvalidInputError
 from text2weight.generator import created_by
 from text2weight.merging import average, git_rebasin, task_arithmetic, ties
 from text2weight_service.exchange import (
-    EngineDependency,
+    ReadyEngine,
     answer_deadline,
     body_docs,
     head_docs,
@@ -67,7 +67,7 @@ _SAME_EMBEDDING = 0.01
         },
     ),
 )
-async def fuse(request: Request, engine: EngineDependency) -> Response:
+async def fuse(request: Request, engine: ReadyEngine) -> Response:
     """Make one head for the classes of several tasks, each class once, in order of first appearance.
 
     The method `text` generates it; the classical methods merge the heads that are uploaded, one per task.
