@@ -103,6 +103,8 @@ def server_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn
         log_config=None,
         access_log=False,
         server_header=False,
+        # uvicorn's own 5 s would end connections that a proxy still counts on.
+        timeout_keep_alive=math.ceil(settings.header_timeout_s),
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
 
