@@ -74,8 +74,7 @@ def run_server(settings: Settings) -> Exception | None:
     engine = Engine(settings)
     tracer_provider = exporting_provider(version("text2weight"))
     app = create_app(settings, engine, tracer_provider)
-    has_keys = settings.api_keys is not None or settings.api_keys_file is not None
-    check_exposure(settings.http_host, keys=has_keys, allow_anonymous=settings.allow_anonymous)
+    check_exposure(settings.http_host, keys=settings.has_keys, allow_anonymous=settings.allow_anonymous)
     listener = _listen(settings.http_host, settings.http_port)
     _allow_open_files(settings.max_connections + _OTHER_FILES)
     server = DrainingServer(server_config(app, settings, engine.metrics), engine)
