@@ -24,7 +24,7 @@ from text2weight_service.engine import Engine
 from text2weight_service.logs import configure_logging
 from text2weight_service.metrics import Metrics
 from text2weight_service.settings import Settings
-from text2weight_service.tracing import exporting_provider
+from text2weight_service.tracing import end_traces, exporting_provider
 
 # The model's files, Redis, and what libraries keep open.
 _OTHER_FILES = 256
@@ -87,7 +87,7 @@ def run_server(settings: Settings) -> Exception | None:
         log.info("listening", host=settings.http_host, port=listener.getsockname()[1])
         server.run(sockets=[listener])
     if tracer_provider is not None:
-        tracer_provider.shutdown()  # sends what waits
+        end_traces(tracer_provider)
     return engine.failure
 
 
