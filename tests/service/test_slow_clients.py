@@ -209,7 +209,9 @@ def test_too_many_working_connections() -> None:
             head, _, content = answer.partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 503 ")
             assert b"Retry-After: 1" in head
-            assert json.loads(content)["type"] == "urn:text2weight:problem:unavailable"
+            problem = json.loads(content)
+            assert problem["type"] == "urn:text2weight:problem:unavailable"
+            assert f"X-Request-ID: {problem['request_id']}".encode() in head
         model.gate.set()
         for connection in working:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
