@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 
 # What goes wrong before this is an ordinary problem response; a stream that waits longer has begun.
 _HEADERS_AFTER_S = 0.5
-# Proxies close connections on which nothing moves, many of them after 30 or 60 s.
-_PING_S = 10.0
+# Proxies close connections on which nothing moves, many of them after 30 or 60 s, and clients sooner.
+_PING_S = 2.0
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",  # nginx would collect events
