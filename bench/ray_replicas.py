@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=["apple", "bus", "lizard"])
     options = parser.parse_args()
     os.environ.setdefault("T2W_TORCH_THREADS", "1")
+    os.environ["T2W_ALLOW_ANONYMOUS"] = "true"  # on loopback, see below
     ray.init(
         num_cpus=4,
         object_store_memory=100_000_000,

@@ -17,6 +17,8 @@ from text2weight_service.settings import Settings
 # Names of clients without a key in metrics; no key can have them, since key names have no brackets.
 _ANONYMOUS = "(anonymous)"
 _UNKNOWN = "(unknown)"
+# What becomes of a request with a valid key.
+_RESULTS = ("accepted", "rate-limited", "busy")
 # An IPv6 customer has at least a /64, whose addresses cost nothing.
 _IPV6_PREFIX = 64
 _BUSY_RETRY_AFTER_S = 1
@@ -37,9 +39,9 @@ class AccessControl:
             KeysError: the keys cannot be used.
         """
         keys = settings.api_keys.get_secret_value() if settings.api_keys is not None else None
-        self.keys = KeyRing(keys, settings.api_keys_file)
-        self.public_metrics = settings.public_metrics
         self.requests = metrics.client_requests
+        self.keys = KeyRing(keys, settings.api_keys_file, self._forget)
+        self.public_metrics = settings.public_metrics
         self.concurrency: ConcurrencyLimiter | None = None
         if settings.max_concurrent_per_key is not None:
             self.concurrency = ConcurrencyLimiter(settings.max_concurrent_per_key)
@@ -47,6 +49,11 @@ class AccessControl:
         if settings.rate_limit is not None:
             url = settings.redis_url.get_secret_value() if settings.redis_url is not None else None
             self.rate = RateLimiter(settings.rate_limit, url, settings.redis_timeout_s, metrics)
+
+    def _forget(self, name: str) -> None:
+        """Drop the metrics of a client whose last key is gone."""
+        for result in _RESULTS:
+            self.requests.remove(name, result)
 
     async def close(self) -> None:
         """Close the connections to Redis."""

@@ -26,6 +26,7 @@ from text2weight_service.openapi import install_openapi
 from text2weight_service.problems import install_problem_handlers
 from text2weight_service.settings import Settings, unknown_variables
 from text2weight_service.tracing import install_tracer, telemetry
+from text2weight_service.uploads import Uploads
 
 log = structlog.get_logger(__name__)
 
@@ -73,6 +74,7 @@ def create_app(
     app.state.engine = engine
     install_tracer(app, tracer_provider)
     engine.metrics.watch_worker(lambda: engine.phase.value, lambda: _build(engine, app.version))
+    app.state.uploads = Uploads(settings.max_upload_bytes, settings.queue_size)
     app.state.classifier = PictureClassifier(settings.max_classes)
     for router in (
         routes.router,

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +70,7 @@ def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
         KeysError: an entry of another form, or too many. It never repeats the entry, which may be a key.
     """
     entries = re.sub(r"#.*", "", text).replace(",", " ").split()
-    if len(entries) > MAX_KEYS:
-        raise KeysError(f"{source} holds {len(entries)} keys: at most {MAX_KEYS} are allowed")
+    _check_number(len(entries), source)
     keys = []
     for number, entry in enumerate(entries, start=1):
         match = _ENTRY.fullmatch(entry)
@@ -87,16 +86,18 @@ def parse_keys(text: str, source: str) -> tuple[ApiKey, ...]:
 class KeyRing:
     """The keys of one worker. Those of a file follow the file, at most a second behind."""
 
-    def __init__(self, keys: str | None, file: str | None) -> None:
+    def __init__(self, keys: str | None, file: str | None, forget: Callable[[str], None] = lambda _: None) -> None:
         """Read the keys.
 
         Args:
             keys: entries as `parse_keys` reads them.
             file: path of a file of such entries.
+            forget: called with each name that has no key any more.
 
         Raises:
-            KeysError: they cannot be read, or there are none.
+            KeysError: they cannot be read, there are none, or both sources together hold too many.
         """
+        self._forget = forget
         self._fixed = parse_keys(keys, "T2W_API_KEYS") if keys is not None else ()
         self._path = Path(file) if file is not None else None
         self._signature: tuple[int, ...] = ()
@@ -105,7 +106,7 @@ class KeyRing:
         self._trouble = ""
         if self._path is not None:
             self._signature = _signature(self._path)
-            self._from_file = _read(self._path)
+            self._from_file = self._read(self._path)
         self.required = keys is not None or file is not None
         if self.required and not self._fixed and not self._from_file:
             raise KeysError("T2W_API_KEYS and T2W_API_KEYS_FILE hold no key; `t2w key NAME` makes one")
@@ -130,7 +131,7 @@ class KeyRing:
             if signature == self._signature:
                 return
             self._signature = signature
-            self._from_file = _read(self._path)
+            before, self._from_file = self._from_file, self._read(self._path)
         except KeysError as error:  # a file that is being replaced must not lock everybody out
             if self._trouble != str(error):
                 log.error("keys not reloaded, the old ones stay valid", error=str(error))
@@ -139,6 +140,13 @@ class KeyRing:
             return
         self._trouble = ""
         log.info("keys reloaded", keys=len(self._from_file))
+        for name in {key.name for key in before} - {key.name for key in (*self._fixed, *self._from_file)}:
+            self._forget(name)
+
+    def _read(self, path: Path) -> tuple[ApiKey, ...]:
+        keys = _read(path)
+        _check_number(len(self._fixed) + len(keys), f"T2W_API_KEYS and T2W_API_KEYS_FILE {path}")
+        return keys
 
 
 def bearer_secret(authorization: Sequence[bytes]) -> bytes | None:
@@ -168,6 +176,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_number(keys: int, source: str) -> None:
+    if keys > MAX_KEYS:
+        raise KeysError(f"{source}: {keys} keys given, at most {MAX_KEYS} are allowed")
 
 
 def _digest(secret: bytes) -> bytes:

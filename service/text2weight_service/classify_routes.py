@@ -8,10 +8,9 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from text2weight_service.classify import MAX_PICTURES, ClassifyJob, PictureClassifier, backbone_folder
-from text2weight_service.engine import Phase
-from text2weight_service.exchange import EngineDependency, answer_deadline, problem_docs, while_connected
+from text2weight_service.exchange import ReadyEngine, answer_deadline, problem_docs, while_connected
 from text2weight_service.multipart import PartRule, read_parts
-from text2weight_service.problems import Kind, ProblemError, not_ready_problem
+from text2weight_service.problems import Kind, ProblemError
 
 router = APIRouter()
 
@@ -77,15 +76,13 @@ _FILE: dict[str, Any] = {"type": "string", "format": "binary"}
     },
 )
 async def classify(
-    request: Request, engine: EngineDependency, classifier: Annotated[PictureClassifier, Depends(_classifier)]
+    request: Request, engine: ReadyEngine, classifier: Annotated[PictureClassifier, Depends(_classifier)]
 ) -> Classification:
     """Run pictures through the checkpoint's own backbone and preprocessing, and then through a head.
 
     The head must be made for that backbone. Pictures are turned upright by their EXIF orientation.
     """
     deadline = answer_deadline(request, engine, None)
-    if engine.phase is not Phase.READY:
-        raise not_ready_problem(engine.phase)
     folder = backbone_folder(engine.model)
     if folder is None:
         raise ProblemError(Kind.NO_BACKBONE, "run pictures through your own backbone, and the head on its features")

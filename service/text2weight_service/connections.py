@@ -107,9 +107,11 @@ class GuardedProtocol(H11Protocol):
             min(waiting, key=lambda one: (one.idle and one.cycle is not None, one._waiting_since))._cut("too-many")
             return
         problem = ProblemError(Kind.UNAVAILABLE, "this worker has too many connections; try again, or another worker")
-        response = problem_response(problem, uuid.uuid4().hex)
+        request_id = uuid.uuid4().hex
+        response = problem_response(problem, request_id)
         head = [f"HTTP/1.1 {problem.kind.status} Service Unavailable", f"Content-Type: {MEDIA_TYPE}"]
-        head += [f"Content-Length: {len(response.body)}", f"Retry-After: {_RETRY_AFTER_S}", "Connection: close", "", ""]
+        head += [f"Content-Length: {len(response.body)}", f"Retry-After: {_RETRY_AFTER_S}"]
+        head += [f"X-Request-ID: {request_id}", "Connection: close", "", ""]
         self.transport.write("\r\n".join(head).encode() + bytes(response.body))
         self.transport.close()
 

@@ -43,8 +43,8 @@ class SharedEmbeddings:
     """Embeddings of one text encoder in Redis, as raw fp32 numbers.
 
     The key is `t2w:embedding:FINGERPRINT:SHA256`, of the encoder and of the prompt, which is the template with the
-    text put in. The fingerprint keeps workers with different encoders apart. The hash bounds the length of keys,
-    and class names do not lie in Redis for everyone to read.
+    text put in. The fingerprint keeps workers with different encoders apart, and the hash bounds the length of keys.
+    It hides no text from who can guess it; finished heads in the same Redis state their class names.
     """
 
     def __init__(self, store: RedisStore, fingerprint: str, dim: int, ttl_s: int, metrics: Metrics) -> None:

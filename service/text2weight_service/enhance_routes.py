@@ -1,15 +1,29 @@
-"""POST /enhance: an uploaded head is noised part of the way and denoised under the text."""
+"""POST /enhance: an uploaded head is noised part of the way and denoised under the text.
+
+Letter: P numbers in one head.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from torch import Tensor
 
-from text2weight_service.exchange import EngineDependency, body_docs, head_docs, parse_json
+from text2weight_service.engine import Engine
+from text2weight_service.exchange import (
+    ReadyEngine,
+    answer_deadline,
+    body_docs,
+    head_docs,
+    parse_json,
+)
 from text2weight_service.heads import HeadResponse, answer_with_heads, new_job
 from text2weight_service.multipart import read_parts
 from text2weight_service.schemas import EnhanceRequest
-from text2weight_service.uploads import HEAD_DOCS, read_upload, upload_rules
+from text2weight_service.uploads import HEAD_DOCS, Uploads, UploadsDependency, read_upload, upload_rules
 
 router = APIRouter()
 
@@ -24,17 +38,24 @@ router = APIRouter()
         {"head": HEAD_DOCS, "request": {"$ref": "#/components/schemas/EnhanceRequest"}},
     ),
 )
-async def enhance(request: Request, engine: EngineDependency) -> Response:
+async def enhance(request: Request, engine: ReadyEngine, uploads: UploadsDependency) -> Response:
     """Improve an uploaded head for class names.
 
     Strength 0 returns its weights bit for bit; strength 1 forgets them and equals /generate with the same seed.
     """
+    with uploads.place(request):
+        body, classes, given = await _read(request, engine, uploads)
+    job = new_job(request, engine, body, classes, given=given, strength=body.strength)
+    return await answer_with_heads(request, engine, [job], body.precision)
+
+
+async def _read(request: Request, engine: Engine, uploads: Uploads) -> tuple[EnhanceRequest, Sequence[str], Tensor]:
+    """The request's fields, its classes, and the uploaded weights (P,); nothing else of the upload is kept."""
     model = engine.model
     rules = upload_rules(model, engine.settings.max_body_bytes, heads=1)
     parts = await read_parts(request, rules)
     body = parse_json(parts["request"][0].data, EnhanceRequest)
-    head = read_upload(model, parts["head"][0].data, "head")
+    deadline = answer_deadline(request, engine, body.deadline_ms)
+    head = await uploads.run(partial(read_upload, model, parts["head"][0].data, "head"), deadline)
     classes = head.classes if body.classes is None else body.classes
-    given = model.config.head.flatten(head.tensors)  # (P,)
-    job = new_job(request, engine, body, classes, given=given, strength=body.strength)
-    return await answer_with_heads(request, engine, [job], body.precision)
+    return body, classes, model.config.head.flatten(head.tensors)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from text2weight.errors import InvalidInputError
-from text2weight_service.engine import Engine
+from text2weight_service.engine import Engine, NotReadyError, Phase
 from text2weight_service.problems import MEDIA_TYPE, Kind, ProblemError, invalid_body
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -35,7 +35,20 @@ async def _engine(request: Request) -> Engine:
     return engine
 
 
+async def require_ready(request: Request) -> Engine:
+    """The engine, for routes that take work: also for work that the engine has no part in.
+
+    Raises:
+        NotReadyError: starting, draining or failed.
+    """
+    engine: Engine = request.app.state.engine
+    if engine.phase is not Phase.READY:
+        raise NotReadyError(engine.phase)
+    return engine
+
+
 EngineDependency = Annotated[Engine, Depends(_engine)]
+ReadyEngine = Annotated[Engine, Depends(require_ready)]
 
 
 def problem_docs(*statuses: int) -> dict[int | str, dict[str, Any]]:

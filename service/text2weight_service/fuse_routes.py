@@ -5,9 +5,9 @@ Letters: K classes of the union, o output size, n heads, P numbers in one head.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from fastapi import APIRouter, Request
@@ -19,8 +19,9 @@ from text2weight.condition import MIN_CLASSES, emphasis_of_tasks, normalise_clas
 from text2weight.errors import InvalidInputError
 from text2weight.generator import created_by
 from text2weight.merging import average, git_rebasin, task_arithmetic, ties
+from text2weight_service.engine import Engine
 from text2weight_service.exchange import (
-    EngineDependency,
+    ReadyEngine,
     answer_deadline,
     body_docs,
     head_docs,
@@ -39,7 +40,7 @@ from text2weight_service.heads import (
 from text2weight_service.model import Model
 from text2weight_service.multipart import is_multipart, read_parts
 from text2weight_service.schemas import MAX_TASKS, FuseRequest
-from text2weight_service.uploads import HEAD_DOCS, read_upload, upload_rules
+from text2weight_service.uploads import HEAD_DOCS, Uploads, UploadsDependency, read_upload, upload_rules
 
 router = APIRouter()
 
@@ -67,29 +68,32 @@ _SAME_EMBEDDING = 0.01
         },
     ),
 )
-async def fuse(request: Request, engine: EngineDependency) -> Response:
+async def fuse(request: Request, engine: ReadyEngine, uploads: UploadsDependency) -> Response:
     """Make one head for the classes of several tasks, each class once, in order of first appearance.
 
     The method `text` generates it; the classical methods merge the heads that are uploaded, one per task.
     """
-    model = engine.model
-    heads: list[HeadArtifact] = []
-    if is_multipart(request):
-        rules = upload_rules(model, engine.settings.max_body_bytes, heads=MAX_TASKS, least=0)
+    if not is_multipart(request):
+        body = await read_json(request, FuseRequest)
+        return await _answer(request, engine, uploads, body, [])
+    rules = upload_rules(engine.model, engine.settings.max_body_bytes, heads=MAX_TASKS, least=0)
+    with uploads.place(request):
         parts = await read_parts(request, rules)
         body = parse_json(parts["request"][0].data, FuseRequest)
-        heads = await asyncio.to_thread(
-            lambda: [read_upload(model, part.data, f"head[{i}]") for i, part in enumerate(parts["head"])]
-        )
-    else:
-        body = await read_json(request, FuseRequest)
+        return await _answer(request, engine, uploads, body, [part.data for part in parts["head"]])
+
+
+async def _answer(
+    request: Request, engine: Engine, uploads: Uploads, body: FuseRequest, files: Sequence[bytes]
+) -> Response:
+    model, deadline = engine.model, answer_deadline(request, engine, body.deadline_ms)
+    heads = await uploads.run(partial(_read_heads, model, files), deadline) if files else []
     tasks = [_normalise(i, task.classes) for i, task in enumerate(body.tasks)]
     classes = _unite(tasks, engine.settings.max_classes)
-    answer_deadline(request, engine, body.deadline_ms)  # a merge takes no time, but a wrong value is one
     _check_heads(body, tasks, heads)
     notes = {"method": body.method, "tasks": _describe_tasks(body, tasks)}
     if body.method != "text":
-        data = await asyncio.to_thread(_merged_head, model, body, classes, heads, notes)
+        data = await uploads.run(partial(_merged_head, model, body, classes, heads, notes), deadline)
         return _answer_merged(request, data)
     weights = [task.weight for task in body.tasks]
     emphasis = None
@@ -97,6 +101,10 @@ async def fuse(request: Request, engine: EngineDependency) -> Response:
         emphasis = emphasis_of_tasks(tasks, [1.0 if weight is None else weight for weight in weights])  # (K,)
     job = new_job(request, engine, body, classes, template=body.prompt_template, emphasis=emphasis)
     return await answer_with_heads(request, engine, [job], body.precision, notes)
+
+
+def _read_heads(model: Model, files: Sequence[bytes]) -> list[HeadArtifact]:
+    return [read_upload(model, data, f"head[{i}]") for i, data in enumerate(files)]
 
 
 def _normalise(index: int, classes: Sequence[str]) -> tuple[str, ...]:

@@ -45,10 +45,28 @@ class Part:
 
 
 class _MemoryParser(MultiPartParser):
-    """Keeps every part in memory, and knows whether the body was whole."""
+    """Keeps parts in memory, of each no more than its rule allows, and knows whether the body was whole."""
 
     spool_max_size = 1 << 62
     whole = False
+    rules: Mapping[str, PartRule]
+    _part_bytes = 0
+
+    def on_part_begin(self) -> None:
+        super().on_part_begin()
+        self._part_bytes = 0
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        rule = self.rules.get(self._current_part.field_name)
+        if rule is None:  # refused by its name in the end
+            return
+        self._part_bytes += end - start
+        if self._part_bytes > rule.max_bytes:
+            raise ProblemError(
+                Kind.BODY_TOO_LARGE,
+                f"part {self._current_part.field_name!r}: at most {rule.max_bytes} bytes are allowed",
+            )
+        super().on_part_data(data, start, end)
 
     def on_end(self) -> None:
         self.whole = True
@@ -73,7 +91,7 @@ async def read_parts(request: Request, rules: Mapping[str, PartRule]) -> dict[st
 
     Raises:
         ProblemError: another content type, broken multipart, or a part that is unknown, missing, too large or there
-            too often; the problem names the part.
+            too often; the problem names the part. One that is too large ends the reading.
     """
     header = _content_type(request)
     if header.get_content_type() != MEDIA_TYPE or header.get_content_charset("utf-8") != "utf-8":
@@ -85,6 +103,7 @@ async def read_parts(request: Request, rules: Mapping[str, PartRule]) -> dict[st
     largest = max(rule.max_bytes for rule in rules.values())
     async with aclosing(request.stream()) as stream:
         parser = _MemoryParser(request.headers, stream, max_files=most, max_fields=most, max_part_size=largest)
+        parser.rules = rules
         try:
             form = await parser.parse()
             if not parser.whole:
@@ -126,9 +145,6 @@ def _check_part(name: str, rule: PartRule, parts: list[Part]) -> list[FieldError
         field = name if rule.most == 1 else f"{name}[{i}]"
         if rule.file and part.filename is None:
             errors.append(FieldError(field=field, message="send this part as a file, with a file name"))
-        elif len(part.data) > rule.max_bytes:
-            message = f"the part has {len(part.data)} bytes: at most {rule.max_bytes} are allowed"
-            errors.append(FieldError(field=field, message=message))
     return errors
 
 

@@ -3,7 +3,8 @@
     serve run text2weight_service.ray_app:build min_replicas=1 max_replicas=4
 
 Needs the extra `ray`. The settings are read once, where this command runs, and handed to every replica; give them
-one Redis with T2W_REDIS_URL. Ray listens, so T2W_HTTP_HOST and T2W_HTTP_PORT have no effect.
+one Redis with T2W_REDIS_URL. Ray listens, so T2W_HTTP_HOST and T2W_HTTP_PORT have no effect, keys are asked for
+wherever that is, and what `t2w serve` does for connections and traces is missing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from text2weight_service.app import create_app
+from text2weight_service.auth import check_exposure
 from text2weight_service.engine import Engine, Phase
 from text2weight_service.logs import configure_logging
 from text2weight_service.settings import Settings
@@ -73,8 +75,13 @@ def build(scale: Scale) -> Application:
     Args:
         scale: how many replicas there are. Between the two numbers Ray adds one when more requests run and wait
             than fit into one batch of each replica.
+
+    Raises:
+        KeysError: no key is set, and nobody said that this is wanted.
     """
     settings = Settings()
+    # Where Ray listens is Ray's own setting.
+    check_exposure("Ray's address", keys=settings.has_keys, allow_anonymous=settings.allow_anonymous)
     deploy = serve.deployment(
         name="text2weight",
         autoscaling_config=AutoscalingConfig(

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from text2weight_service.engine import Phase
 from text2weight_service.exchange import (
     EngineDependency,
+    ReadyEngine,
     body_docs,
     head_docs,
     problem_docs,
@@ -31,7 +32,7 @@ router = APIRouter()
     responses=head_docs("Head artifact: safetensors bytes; the metadata states the seed"),
     openapi_extra=body_docs(GenerateRequest),
 )
-async def generate(request: Request, engine: EngineDependency) -> Response:
+async def generate(request: Request, engine: ReadyEngine) -> Response:
     """Turn class names into the weights of a classifier head.
 
     Equal requests to an equal checkpoint give equal heads.

@@ -24,7 +24,7 @@ from text2weight_service.engine import Engine
 from text2weight_service.logs import configure_logging
 from text2weight_service.metrics import Metrics
 from text2weight_service.settings import Settings
-from text2weight_service.tracing import exporting_provider
+from text2weight_service.tracing import end_traces, exporting_provider
 
 # The model's files, Redis, and what libraries keep open.
 _OTHER_FILES = 256
@@ -74,8 +74,7 @@ def run_server(settings: Settings) -> Exception | None:
     engine = Engine(settings)
     tracer_provider = exporting_provider(version("text2weight"))
     app = create_app(settings, engine, tracer_provider)
-    has_keys = settings.api_keys is not None or settings.api_keys_file is not None
-    check_exposure(settings.http_host, keys=has_keys, allow_anonymous=settings.allow_anonymous)
+    check_exposure(settings.http_host, keys=settings.has_keys, allow_anonymous=settings.allow_anonymous)
     listener = _listen(settings.http_host, settings.http_port)
     _allow_open_files(settings.max_connections + _OTHER_FILES)
     server = DrainingServer(server_config(app, settings, engine.metrics), engine)
@@ -88,7 +87,7 @@ def run_server(settings: Settings) -> Exception | None:
         log.info("listening", host=settings.http_host, port=listener.getsockname()[1])
         server.run(sockets=[listener])
     if tracer_provider is not None:
-        tracer_provider.shutdown()  # sends what waits
+        end_traces(tracer_provider)
     return engine.failure
 
 
@@ -103,6 +102,8 @@ def server_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn
         log_config=None,
         access_log=False,
         server_header=False,
+        # uvicorn's own 5 s would end connections that a proxy still counts on.
+        timeout_keep_alive=math.ceil(settings.header_timeout_s),
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
 

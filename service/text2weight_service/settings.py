@@ -104,6 +104,11 @@ class Settings(BaseSettings):
             raise ValueError("must not be true where keys are set: choose one of the two")
         return value
 
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients need a key."""
+        return self.api_keys is not None or self.api_keys_file is not None
+
     def shown(self) -> dict[str, object]:
         """Every setting as plain JSON values, secrets masked; safe to log and to publish."""
         return self.model_dump(mode="json")

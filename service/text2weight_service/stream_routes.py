@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from text2weight_service.exchange import EngineDependency, body_docs, problem_docs, read_json
+from text2weight_service.exchange import ReadyEngine, body_docs, problem_docs, read_json
 from text2weight_service.heads import generation_job, render, warnings_of
 from text2weight_service.problems import Kind, describe_problem, to_problem
 from text2weight_service.schemas import StreamRequest
@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 
 # What goes wrong before this is an ordinary problem response; a stream that waits longer has begun.
 _HEADERS_AFTER_S = 0.5
-# Proxies close connections on which nothing moves, many of them after 30 or 60 s.
-_PING_S = 10.0
+# Proxies close connections on which nothing moves, many of them after 30 or 60 s, and clients sooner.
+_PING_S = 2.0
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",  # nginx would collect events
@@ -48,7 +48,7 @@ Event = Progress | Generated
     responses={200: _EVENTS, **problem_docs(408, 413, 415, 422, 429, 500, 503, 504)},
     openapi_extra=body_docs(StreamRequest),
 )
-async def generate_stream(request: Request, engine: EngineDependency) -> StreamingResponse:
+async def generate_stream(request: Request, engine: ReadyEngine) -> StreamingResponse:
     """As /generate, with an event after denoiser calls and, on request, the heads that they estimated."""
     body = await read_json(request, StreamRequest)
     job = generation_job(request, engine, body)

@@ -7,6 +7,7 @@ On where the environment names a collector, as every OpenTelemetry program under
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, MutableMapping
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+_LAST_SPANS_S = 2.0
 # Probes and scrapes come every few seconds and tell nothing.
 _UNTRACED_PATHS = frozenset({"/health/live", "/health/ready", "/metrics"})
 
@@ -58,6 +60,16 @@ def exporting_provider(version: str) -> ExportingProvider | None:
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     log.info("traces are sent", variable=variable)
     return provider
+
+
+def end_traces(provider: ExportingProvider) -> None:
+    """Send the spans that wait; a collector that does not answer may hold the exit up for 2 s."""
+    # The provider's own limit is that of the exporter, 10 s.
+    sending = threading.Thread(target=provider.shutdown, name="t2w-traces", daemon=True)
+    sending.start()
+    sending.join(_LAST_SPANS_S)
+    if sending.is_alive():
+        log.warning("the last traces are lost: the collector does not answer")
 
 
 def telemetry(provider: TracerProvider | None) -> TelemetryConfig:

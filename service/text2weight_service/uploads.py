@@ -1,18 +1,91 @@
-"""Uploaded heads and the JSON that comes with them: reading both, and what a head must be to fit the checkpoint."""
+"""Uploaded heads: room for those under way, and what a head must be to fit the checkpoint."""
 
 from __future__ import annotations
 
+import asyncio
 import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
 
 from text2weight.artifact import HeadArtifact, read_head
 from text2weight.condition import MAX_CLASSES
 from text2weight.enhancement import check_fits
 from text2weight.errors import ArtifactError, InvalidInputError
 from text2weight.strict_safetensors import MAX_HEADER_BYTES
+from text2weight_service.engine import BusyError
 from text2weight_service.model import Model
 from text2weight_service.multipart import PartRule
+from text2weight_service.work_queue import DeadlineError
+
+Result = TypeVar("Result")
 
 HEAD_DOCS = {"type": "string", "format": "binary"}
+# Uploads of the largest size that may be in memory at a time.
+LARGEST_AT_ONCE = 8
+_RETRY_AFTER_S = 1
+
+
+class Uploads:
+    """Bounds what uploads under way may hold, and works on them one at a time, off the event loop."""
+
+    def __init__(self, max_bytes: int, most: int) -> None:
+        """Prepare the room.
+
+        Args:
+            max_bytes: largest upload.
+            most: most uploads at a time, however small.
+        """
+        self._max_bytes = max_bytes
+        self._free = LARGEST_AT_ONCE * max_bytes
+        self._least = self._free // most
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="t2w-uploads")
+
+    @contextmanager
+    def place(self, request: Request) -> Iterator[None]:
+        """Hold room for a request's body; take it before the body is read, and keep it until its heads are used.
+
+        Raises:
+            BusyError: the others leave no room for the length that it announces.
+        """
+        announced = request.headers.get("content-length", "")
+        size = int(announced) if announced.isdecimal() else self._max_bytes
+        taken = max(min(size, self._max_bytes), self._least)  # a larger one is refused as it is read
+        if taken > self._free:
+            raise BusyError("the uploads under way leave no room for this one", _RETRY_AFTER_S)
+        self._free -= taken
+        try:
+            yield
+        finally:
+            self._free += taken
+
+    async def run(self, work: Callable[[], Result], deadline: float) -> Result:
+        """Have a thread work on an upload.
+
+        Args:
+            work: what to do.
+            deadline: `time.monotonic()` at which the caller gives up.
+
+        Raises:
+            DeadlineError: not finished in time; what was not begun by then never is.
+        """
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except TimeoutError:
+            raise DeadlineError from None
+
+
+async def _uploads(request: Request) -> Uploads:
+    uploads: Uploads = request.app.state.uploads
+    return uploads
+
+
+UploadsDependency = Annotated[Uploads, Depends(_uploads)]
 
 
 def upload_rules(model: Model, max_request_bytes: int, heads: int, least: int = 1) -> dict[str, PartRule]:

@@ -4,8 +4,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,31 @@ class RedisServer:
                 return bool(client.ping())
             except redis.ConnectionError:
                 return False
+
+
+class SlowRedis:
+    """Stands between a worker and a server, and holds every answer back for `delay_s`."""
+
+    def __init__(self, port: int) -> None:
+        self.delay_s = 0.0
+        self._port = port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self.listener.getsockname()[1]}/0"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # the listener is closed
+            while True:
+                worker, _ = self.listener.accept()
+                redis = socket.create_connection(("127.0.0.1", self._port))
+                for source, sink, is_answer in ((worker, redis, False), (redis, worker, True)):
+                    threading.Thread(target=self._pump, args=(source, sink, is_answer), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
+        with suppress(OSError), source, sink:
+            while data := source.recv(65536):
+                time.sleep(self.delay_s * is_answer)
+                sink.sendall(data)
 
 
 @contextmanager

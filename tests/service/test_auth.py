@@ -197,6 +197,34 @@ def test_the_number_of_names_is_bounded() -> None:
         parse_keys("\n".join(entries), "the keys")
 
 
+def test_the_number_of_names_is_bounded_over_both_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "RELOAD_CHECK_S", 0.0)
+    fixed = ",".join(f"n{i}:{i:064x}" for i in range(200))
+    file = tmp_path / "keys"
+    file.write_text("\n".join(f"m{i}:{i:064x}" for i in range(57)))
+    with pytest.raises(KeysError, match="257 keys given, at most 256"):
+        KeyRing(fixed, str(file))
+    file.write_text(ALICE_ENTRY)
+    ring = KeyRing(fixed, str(file))
+    file.write_text("\n".join([BOB_ENTRY, *(f"m{i}:{i:064x}" for i in range(56))]))
+    assert ring.name_of(BOB.encode()) is None
+    assert ring.name_of(ALICE.encode()) == "alice"
+
+
+def test_a_name_without_keys_leaves_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "RELOAD_CHECK_S", 0.0)
+    file = tmp_path / "keys"
+    file.write_text(f"{ALICE_ENTRY}\n{BOB_ENTRY}\n")
+    with serve(lambda _: FakeModel(), api_keys_file=str(file)) as live:
+        for key in (ALICE, BOB):
+            assert live.client.get("/info", headers=bearer(key)).status_code == 200
+        assert b'client="alice"' in live.engine.metrics.render()
+        file.write_text(f"{BOB_ENTRY}\n")
+        assert live.client.get("/info", headers=bearer(BOB)).status_code == 200
+        assert b'client="alice"' not in live.engine.metrics.render()
+        assert live.metric("t2w_client_requests_total", client="bob", result="accepted") == 2
+
+
 def test_authorization_header() -> None:
     assert bearer_secret([b"Bearer abc"]) == b"abc"
     assert bearer_secret([b"BEARER  abc "]) == b"abc"

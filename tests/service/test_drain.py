@@ -5,11 +5,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.service.fakes import FakeModel
+from tests.service.forms import a_head, form
 from tests.service.live import Live, serve, wait_for
 
 
@@ -60,6 +62,38 @@ def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         answers = [future.result(20) for future in accepted]
         assert [answer.status_code for answer in answers] == [200] * 8
         wait_for(lambda: has_ended(live), "end")
+
+
+TASKS = [{"classes": ["apple", "bus"]}, {"classes": ["tram", "apple"]}]
+HEADS = [a_head(*task["classes"]).to_bytes() for task in TASKS]
+REQUESTS: dict[str, list[dict[str, Any]]] = {
+    "/generate": [{"json": {"classes": ["apple", "bus"], "seed": 1}}],
+    "/generate/stream": [{"json": {"classes": ["apple", "bus"], "seed": 1}}],
+    "/fuse": [{"json": {"tasks": TASKS, "seed": 1}}, {"files": form({"tasks": TASKS, "method": "average"}, *HEADS)}],
+    "/enhance": [{"files": form({"strength": 0, "seed": 1}, HEADS[0])}],
+    "/classify": [{"files": [*form(None, HEADS[0]), ("image", ("x.png", b"x", "image/png"))]}],
+}
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+@pytest.mark.parametrize("phase", ["draining", "unavailable"])
+def test_no_route_takes_work_unless_ready(live: Live, path: str, phase: str) -> None:
+    """Neither what needs no model, as a merge of heads, nor what the client has already."""
+    tags = [live.client.post(path, **request).headers.get("etag", "*") for request in REQUESTS[path]]
+    if phase == "draining":
+        live.engine.begin_drain()
+    else:
+        live.engine.failure = RuntimeError("device lost")
+    for request, tag in zip(REQUESTS[path], tags, strict=True):
+        response = live.client.post(path, **request, headers={"If-None-Match": tag})
+        assert response.status_code == 503
+        assert response.json()["type"] == f"urn:text2weight:problem:{phase}"
+        assert int(response.headers["retry-after"]) > 0
+
+
+def test_every_route_that_takes_work_is_among_them(live: Live) -> None:
+    paths = live.client.get("/openapi.json").json()["paths"]
+    assert {path for path, methods in paths.items() if "post" in methods} == set(REQUESTS)
 
 
 def test_an_idle_worker_ends_at_once() -> None:

@@ -248,6 +248,7 @@ def test_key_is_asked_for_and_kept_nowhere(open_page: OpenPage) -> None:
     key.fill("right")
     page.keyboard.press("Enter")
     expect(page.locator("#key-section")).to_be_hidden()
+    expect(page.get_by_role("link", name="API documentation", include_hidden=True)).to_be_hidden()
     type_classes(ready(page), "apple", "bus")
     generated(page)
     assert sent == [None, "Bearer wrong", "Bearer right", "Bearer right"]

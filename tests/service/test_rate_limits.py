@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
-from tests.service.redis_server import RedisServer, needs_redis, redis_server
+from tests.service.redis_server import RedisServer, SlowRedis, needs_redis, redis_server
 from tests.service.test_auth import ALICE, ALICE_ENTRY, BOB, BOB_ENTRY, bearer
 from tests.service.test_bad_input import assert_problem
 from text2weight_service import redis_store
@@ -163,3 +164,21 @@ def test_requests_with_a_broken_redis(server: RedisServer, model: FakeModel, fau
         finally:
             if fault == "pause":
                 server.resume()
+
+
+@needs_redis
+def test_requests_with_a_slow_redis(server: RedisServer, model: FakeModel) -> None:
+    """Redis that answers just within its budget takes it three times, for limit, head and embeddings, and no more."""
+    budget_s = 1.0
+    slow = SlowRedis(server.port)
+    settings = {"redis_url": slow.url, "redis_timeout_s": budget_s, "rate_limit": "1000/minute"}
+    with closing(slow.listener), serve(lambda _: model, **settings) as live:
+        assert live.generate("apple", "bus", seed=1).status_code == 200  # connects
+        wait_for(lambda: server.keys() >= 4, "the head, its embeddings and the count in Redis")
+        slow.delay_s = 0.6 * budget_s
+        started_at = time.monotonic()
+        assert live.generate("tram", "pear", seed=1).status_code == 200
+        assert 3 * 0.6 * budget_s <= time.monotonic() - started_at < 3 * budget_s + 0.5
+        slow.delay_s = 0
+        for operation in ("limit", "read"):
+            assert live.metric("t2w_redis_breaker_state", operation=operation) == BreakerState.CLOSED.value

@@ -8,6 +8,8 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from tests.service.fakes import FakeModel
+from tests.service.test_auth import ALICE_ENTRY
+from text2weight_service.auth import KeysError
 from text2weight_service.engine import Engine
 from text2weight_service.settings import Settings
 
@@ -15,6 +17,19 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     from text2weight_service import ray_app
     from text2weight_service.ray_app import Scale, Worker, build
+
+
+@pytest.fixture(autouse=True)
+def anonymous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("T2W_ALLOW_ANONYMOUS", "true")
+
+
+def test_keys_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("T2W_ALLOW_ANONYMOUS")
+    with pytest.raises(KeysError, match="Ray's address can be reached"):
+        build(Scale())
+    monkeypatch.setenv("T2W_API_KEYS", ALICE_ENTRY)
+    assert build(Scale())._bound_deployment.init_args == (Settings(),)
 
 
 def test_deployment_follows_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:

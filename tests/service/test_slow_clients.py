@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+from fastapi import FastAPI
 
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
+from text2weight_service.metrics import Metrics
+from text2weight_service.server import server_config
+from text2weight_service.settings import Settings
 
 HEADER_S = 0.4
 SEND_S = 0.5
@@ -136,6 +140,11 @@ def test_idle_between_requests(guarded: Live) -> None:
         assert time.monotonic() - started_at < HEADER_S + GRACE_S
 
 
+def test_idle_connections_live_as_long_as_documented() -> None:
+    """uvicorn has a limit of its own, in whole seconds, which must not be the shorter one."""
+    assert server_config(FastAPI(), Settings(header_timeout_s=12.5), Metrics()).timeout_keep_alive == 13
+
+
 def test_a_client_that_does_not_read(guarded: Live) -> None:
     """Pipelined requests whose answers nobody takes end the connection, and the memory for them."""
     info = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -200,7 +209,9 @@ def test_too_many_working_connections() -> None:
             head, _, content = answer.partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 503 ")
             assert b"Retry-After: 1" in head
-            assert json.loads(content)["type"] == "urn:text2weight:problem:unavailable"
+            problem = json.loads(content)
+            assert problem["type"] == "urn:text2weight:problem:unavailable"
+            assert f"X-Request-ID: {problem['request_id']}".encode() in head
         model.gate.set()
         for connection in working:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")

@@ -143,6 +143,14 @@ def test_a_stream_that_waits_is_open_and_keeps_proxies_awake(
         assert [name for name, _ in received if name != "comment"] == ["progress"] * 3 + ["done"]
 
 
+def test_an_impatient_client_hears_of_a_stream_that_waits(scripted: tuple[Live, ScriptedEngine]) -> None:
+    """A client that gives each read 3.5 s outlives 4 s without an event."""
+    live, engine = scripted
+    with live.client.stream("POST", "/generate/stream", json=BODY, timeout=3.5) as response:
+        threading.Timer(4, lambda: engine.allowed.release(3)).start()
+        assert [name for name, _ in events(response)][-1] == "done"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "kind"),
     [

@@ -1,15 +1,18 @@
 """Traces: a span for each request, one for each stage, and none without a collector."""
 
+import threading
+import time
+
 import pytest
 import structlog
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.service.fakes import FakeModel
 from tests.service.live import serve, wait_for
 from text2weight_service import tracing
-from text2weight_service.tracing import add_trace_id, exporting_provider
+from text2weight_service.tracing import add_trace_id, end_traces, exporting_provider
 
 COLLECTOR = "http://127.0.0.1:9"  # the port "discard": nothing listens
 
@@ -79,3 +82,33 @@ def test_trace_id_in_log_lines() -> None:
     assert add_trace_id(None, "info", {}) == {}
     with provider.get_tracer("test").start_as_current_span("request") as span:
         assert add_trace_id(None, "info", {}) == {"trace_id": f"{span.get_span_context().trace_id:032x}"}
+
+
+def test_a_dead_collector_does_not_hold_the_exit_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracing, "_LAST_SPANS_S", 0.2)
+    hangs = threading.Event()
+
+    class Collector(InMemorySpanExporter):
+        def shutdown(self) -> None:
+            hangs.wait(20)
+
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(Collector()))
+    try:
+        started_at = time.monotonic()
+        end_traces(provider)
+        assert time.monotonic() - started_at < 5
+    finally:
+        hangs.set()
+    assert "the last traces are lost" in capsys.readouterr().out
+
+
+def test_waiting_spans_are_sent_at_the_end() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    provider.get_tracer("test").start_span("last").end()
+    end_traces(provider)
+    assert [span.name for span in exporter.get_finished_spans()] == ["last"]

@@ -42,6 +42,7 @@ async function loadInfo() {
 function askForKey() {
   const wasGiven = Boolean(service.key);
   $("key-section").hidden = false;
+  $("documentation").hidden = true; // a link carries no key
   $("key-error").textContent = wasGiven ? "The service does not accept this key." : "";
   $("worker").textContent = "The service asks for a key.";
   $("key").focus();

@@ -1,0 +1,85 @@
+"""Room for uploads: those under way are bounded in bytes and in number, worked on one by one, and in time."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from tests.service.fakes import FakeModel
+from tests.service.forms import a_head, post
+from tests.service.live import Live, serve, wait_for
+from tests.service.test_bad_input import assert_problem
+from text2weight_service import fuse_routes
+from text2weight_service.uploads import LARGEST_AT_ONCE
+
+HEAD = a_head("apple", "bus").to_bytes()
+MAX_UPLOAD_BYTES = 3_000_000
+TASKS = [{"classes": ["apple"]}, {"classes": ["bus"]}]
+MERGE = {"tasks": TASKS, "method": "average"}
+START = (
+    b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n"
+    b'--b\r\nContent-Disposition: form-data; name="head"; filename="x"\r\n\r\n'
+)
+
+
+@contextmanager
+def begun(live: Live, path: bytes, announced: int) -> Iterator[socket.socket]:
+    """An upload that announces its length and goes no further than its first part."""
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+        connection.sendall(START % (path, announced))
+        yield connection
+
+
+@pytest.mark.parametrize("path", ["/enhance", "/fuse"])
+@pytest.mark.parametrize(
+    ("queue_size", "announced", "most"),
+    [(256, MAX_UPLOAD_BYTES, LARGEST_AT_ONCE), (2, 1000, 2)],
+    ids=["bytes", "number"],
+)
+def test_uploads_under_way_are_bounded(model: FakeModel, path: str, queue_size: int, announced: int, most: int) -> None:
+    with serve(lambda _: model, queue_size=queue_size, max_upload_bytes=MAX_UPLOAD_BYTES) as live:
+
+        def upload() -> Any:
+            request = {"strength": 0.5} if path == "/enhance" else MERGE
+            return post(live.client, path, request, *[HEAD] * (1 if path == "/enhance" else 2))
+
+        with ExitStack() as open_ones:
+            for _ in range(most):
+                open_ones.enter_context(begun(live, path.encode(), announced))
+            wait_for(lambda: upload().status_code == 429, "a full house")
+            refused = upload()
+            assert "leave no room" in assert_problem(refused, 429, "queue-full")
+            assert int(refused.headers["retry-after"]) > 0
+            assert live.generate("apple", "bus").status_code == 200
+        wait_for(lambda: upload().status_code == 200, "room again")
+
+
+def test_merges_keep_their_deadline_and_their_number(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def merge(_: object, method: str, heads: torch.Tensor) -> torch.Tensor:
+        assert go_on.wait(20)
+        return heads.mean(0)
+
+    monkeypatch.setattr(fuse_routes, "merge", merge)
+    with serve(lambda _: model, queue_size=2) as live, ThreadPoolExecutor(2) as pool:
+        try:
+            assert_problem(post(live.client, "/fuse", {**MERGE, "deadline_ms": 300}, HEAD, HEAD), 504, "deadline")
+
+            def merged() -> int:
+                while (status := post(live.client, "/fuse", MERGE, HEAD, HEAD).status_code) == 429:
+                    time.sleep(0.01)  # a probe from below was there first
+                return status
+
+            held = [pool.submit(merged) for _ in range(2)]
+            soon = {**MERGE, "deadline_ms": 300}
+            wait_for(lambda: post(live.client, "/fuse", soon, HEAD, HEAD).status_code == 429, "a full house")
+        finally:
+            go_on.set()
+        assert [one.result(20) for one in held] == [200, 200]
