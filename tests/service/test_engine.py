@@ -38,6 +38,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def busy(live: Live, model: FakeModel, pool: ThreadPoolExecutor) -> Iterator[Post]:
     """Keep the model busy with one request while the block posts others; it goes on after the block."""
     model.gate.clear()
+    model.entered.clear()
     first = pool.submit(live.generate, "busy", "bee", seed=0)
     try:
         assert model.entered.wait(10)
