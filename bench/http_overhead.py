@@ -1,8 +1,8 @@
 """What HTTP costs: answers per second of `/generate` with 64 requests under way, over those of the bare engine.
 
-The bare engine runs in this process, with 64 requests under way, too. Then `t2w serve` answers the same requests, each
-with its own classes and seed, so that no head is known; and then again, when every head is. The client is on the same
-machine and takes part of its processors.
+In each round the bare engine computes the round's requests in this process, with 64 of them under way, too. Then
+`t2w serve` answers the same requests, each with its own classes and seed, so that no head is known; and then again,
+when every head is. The client is on the same machine and takes part of its processors.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
         [(draw_classes(names, source), source.getrandbits(32)) for _ in range(sizes.requests)]
         for _ in range(1 + sizes.rounds)
     ]
-    with capture_logs():  # this process prints results and nothing else
-        engine = asyncio.run(_bare_engine(checkpoint, names, rounds))
-    with warm_service(checkpoint, names) as url:
-        uncached, cached = asyncio.run(_over_http(url, rounds))
+    with capture_logs(), warm_service(checkpoint, names) as url:  # this process prints results and nothing else
+        rates = asyncio.run(_measure(checkpoint, names, url, rounds))[1:]
+    engine, uncached, cached = (statistics.median(column) for column in zip(*rates, strict=True))
     return {
         "checkpoint": config.sha256[:12],
         "sampler": f"{config.sampler}/{config.steps}",
@@ -68,46 +67,36 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
             "http_uncached": significant(uncached),
             "http_cached": significant(cached),
         },
-        "ratio": significant(uncached / engine),
-        "ratio_cached": significant(cached / engine),
+        # Of each round, then the median: a machine that is slow for a while is slow for both.
+        "ratio": significant(statistics.median(uncached / engine for engine, uncached, _ in rates)),
+        "ratio_cached": significant(statistics.median(cached / engine for engine, _, cached in rates)),
     }
 
 
-async def _bare_engine(checkpoint: Path, names: tuple[str, ...], rounds: Sequence[Sequence[Asked]]) -> float:
+async def _measure(
+    checkpoint: Path, names: tuple[str, ...], url: str, rounds: Sequence[Sequence[Asked]]
+) -> list[tuple[float, float, float]]:
+    """Answers per second in each round: of the engine, over HTTP when no head is known, and when every head is."""
     engine = Engine(Settings(checkpoint=str(checkpoint)))
     engine.start()
     while engine.phase is Phase.STARTING:  # noqa: ASYNC110  the model's thread knows no event of this loop
         await asyncio.sleep(0.01)
+    connections = Connections(url)
 
     async def generate(asked: Asked) -> None:
         await engine.generate(Job("bench", asked[0], asked[1], None, None, time.monotonic() + PATIENCE_S))
-
-    try:
-        await generate((names, 0))  # all embeddings are known from here on, as they are to the service
-        return await _median_rate(generate, rounds)
-    finally:
-        await engine.stop()
-
-
-async def _over_http(url: str, rounds: Sequence[Sequence[Asked]]) -> tuple[float, float]:
-    """Answers per second when no head is known, and when every head is."""
-    connections = Connections(url)
 
     async def post(asked: Asked) -> None:
         status = await connections.ask(request_bytes("/generate", {"classes": asked[0], "seed": asked[1]}))
         if status != OK:
             raise ServiceError(f"the service answered {status} under load")
 
-    uncached = await _median_rate(post, rounds)
-    # The last round's heads are the ones that the cache surely still holds.
-    cached = await _median_rate(post, [rounds[-1]] * len(rounds))
-    await connections.close()
-    return uncached, cached
-
-
-async def _median_rate(ask: Callable[[Asked], Awaitable[None]], rounds: Sequence[Sequence[Asked]]) -> float:
-    rates = [await _rate(ask, asked) for asked in rounds]
-    return statistics.median(rates[1:])
+    try:
+        await generate((names, 0))  # all embeddings are known from here on, as they are to the service
+        return [(await _rate(generate, asked), await _rate(post, asked), await _rate(post, asked)) for asked in rounds]
+    finally:
+        await connections.close()
+        await engine.stop()
 
 
 async def _rate(ask: Callable[[Asked], Awaitable[None]], requests: Sequence[Asked]) -> float:
