@@ -28,6 +28,10 @@ from text2weight.errors import CheckpointError
 BACKBONE_FORMAT = "text2weight.backbone/1"
 ARCHITECTURE = "resnet18-no-maxpool"
 FEATURE_DIM = 512
+ONLY_OURS = (
+    "checkpoint and service hold only what `t2w backbone` wrote: run pictures through any other backbone, such as one "
+    "of torchvision, timm or open_clip, outside the service"
+)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -182,14 +186,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise CheckpointError(f"{path.parent} is not a backbone folder: {error}") from error
+        raise CheckpointError(f"{path.parent} is not a backbone folder: {error}; {ONLY_OURS}") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != BACKBONE_FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         raise CheckpointError(f"{path} has format {found!r}, expected {BACKBONE_FORMAT!r}")
     if config.get("architecture") != ARCHITECTURE:
-        raise CheckpointError(f"{path}: architecture is {config.get('architecture')!r}, expected {ARCHITECTURE!r}")
+        found = config.get("architecture")
+        raise CheckpointError(f"{path}: architecture is {found!r}, expected {ARCHITECTURE!r}; {ONLY_OURS}")
     _check_preprocess(path, config.get("preprocess"))
     return config
 

@@ -115,7 +115,7 @@ class OpenClipTextEncoder:
         import open_clip
 
         try:
-            model = open_clip.create_model(architecture, pretrained=tag, device="cpu", require_pretrained=True)
+            model = create_open_clip(architecture, tag)
             tokenizer = open_clip.get_tokenizer(architecture)
         except Exception as error:  # open_clip raises many kinds, from its own to the hub's
             raise CheckpointError(f"text encoder {name} cannot be loaded: {error}") from error
@@ -129,6 +129,30 @@ class OpenClipTextEncoder:
                 tokens = self._tokenizer(list(texts[start : start + ENCODE_BATCH]))  # type: ignore[operator]
                 rows.append(self._model.encode_text(tokens.to(self._device)).float().cpu())  # type: ignore[operator]
         return F.normalize(torch.cat(rows), dim=-1)
+
+
+def create_open_clip(architecture: str, tag: str | None) -> nn.Module:
+    """Load a whole open_clip model, both towers, on the CPU; its weights are downloaded on first use.
+
+    Args:
+        architecture: open_clip's name, such as "ViT-B-32", or "local-dir:PATH".
+        tag: which weights, such as "openai"; None for a local folder.
+
+    Raises:
+        Exception: it cannot be loaded; open_clip raises many kinds, from its own to the hub's.
+    """
+    import open_clip
+
+    weights = {} if tag is None else open_clip.get_pretrained_cfg(architecture, tag)
+    model: nn.Module = open_clip.create_model(
+        architecture,
+        pretrained=tag,
+        device="cpu",
+        require_pretrained=True,
+        # OpenAI's weights among others were trained with another activation than the architecture of the name has.
+        force_quick_gelu=bool(weights.get("quick_gelu")),
+    )
+    return model
 
 
 def read_vocabulary(path: Path) -> Vocabulary | None:
@@ -173,6 +197,7 @@ class EmbeddingTable:
         fingerprint: of the table as it lies in its file, since the last bits of normalised values differ
             between machines; "" for one that was not read from a file.
         descriptions: of every name, where the embeddings are those of descriptions and the template is "{}".
+        encoder: name of the text encoder that made the embeddings; "" where that is not recorded.
     """
 
     template: str
@@ -180,6 +205,7 @@ class EmbeddingTable:
     embeddings: Tensor
     fingerprint: str = ""
     descriptions: tuple[tuple[str, ...], ...] = ()
+    encoder: str = ""
 
     @property
     def rows(self) -> dict[str, int]:
@@ -212,13 +238,16 @@ def read_embedding_table(source: str) -> EmbeddingTable:
         raise CheckpointError(f"embedding table {source} cannot be read: {error}") from error
     names, template = _check_description(source, description)
     described = _check_descriptions(source, description.get("descriptions", []), len(names))
+    encoder = description.get("encoder", "")
+    if not isinstance(encoder, str):
+        raise CheckpointError(f"embedding table {source} has encoder {encoder!r}: the text encoder's name is a text")
     embeddings = stored.float()  # (n, D)
     if embeddings.ndim != 2 or len(names) != len(embeddings):
         raise CheckpointError(f"embedding table {source} has {len(names)} names for a {tuple(embeddings.shape)} tensor")
     if not bool((torch.isfinite(embeddings).all(1) & embeddings.any(1)).all()):
         raise CheckpointError(f"embedding table {source} has rows that are zero or not finite")
     fingerprint = _table_fingerprint(template, names, stored, described)
-    return EmbeddingTable(template, names, F.normalize(embeddings, dim=-1), fingerprint, described)
+    return EmbeddingTable(template, names, F.normalize(embeddings, dim=-1), fingerprint, described, encoder)
 
 
 def _check_description(source: str, description: object) -> tuple[tuple[str, ...], str]:
@@ -250,12 +279,13 @@ def _table_fingerprint(
 
 
 def write_embedding_tables(path: str | Path, tables: Mapping[str, EmbeddingTable]) -> None:
-    """Write tables to one safetensors file: a tensor each; names, template and descriptions as JSON metadata."""
+    """Write tables to one safetensors file: a tensor each; names, template and the like as JSON metadata."""
     tensors = {name: table.embeddings.contiguous() for name, table in tables.items()}
     metadata = {
         name: json.dumps(
             {"template": table.template, "names": list(table.names)}
             | ({"descriptions": table.descriptions} if table.descriptions else {})
+            | ({"encoder": table.encoder} if table.encoder else {})
         )
         for name, table in tables.items()
     }

@@ -222,6 +222,7 @@ class TestTableFiles:
             (None, "lacks its list of names"),
             ("{", "cannot be read"),
             ("[]", "lacks its list of names"),
+            ('{"template": "a {}", "names": ["a", "b"], "encoder": 3}', "has encoder 3"),
             ('{"template": "a {}"}', "lacks its list of names"),
             ('{"template": "a {}", "names": "ab"}', "lacks its list of names"),
             ('{"template": "a {}", "names": ["a", 2]}', "lacks its list of names"),

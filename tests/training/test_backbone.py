@@ -154,7 +154,7 @@ def test_a_folder_without_hash_loads(copy: Path) -> None:
     ("change", "message"),
     [
         ({"format": "other/9"}, "has format 'other/9'"),
-        ({"architecture": "vit"}, "architecture is 'vit'"),
+        ({"architecture": "vit"}, "architecture is 'vit'.*checkpoint and service hold only what `t2w backbone` wrote"),
         ({"preprocess": {"side": 0}}, "preprocess.side"),
         ({"preprocess": {"side": 16, "mean": [1, 2], "std": [1, 1, 1]}}, "preprocess.mean"),
     ],
@@ -175,3 +175,5 @@ def test_missing_files_are_refused(copy: Path) -> None:
         load_backbone(copy)
     with pytest.raises(CheckpointError, match="is not a backbone folder"):
         load_backbone(copy / "absent")
+    with pytest.raises(CheckpointError, match=r"run pictures through any other backbone.*outside the service"):
+        load_backbone("open_clip:ViT-B-32/openai")

@@ -36,14 +36,16 @@ from text2weight_training.stacked import HeadRecipe, stacked_logits
 from text2weight_training.tasks import ClassFeatures, TaskData, task_embeddings
 
 
-def separable_data(embedding_dim: int = 3, backbone: str = "CLIP ViT") -> TaskData:
+def separable_data(backbone: str = "open_clip:a/b") -> TaskData:
     """Three classes along three axes, with different lengths and little noise."""
     labels = torch.arange(3).repeat_interleave(20)
     noise = 0.05 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
     features = torch.eye(3)[labels] * torch.tensor([1.0, 4.0, 9.0])[labels][:, None] + noise
     data = ClassFeatures.from_labels(features, labels, 3)
-    embeddings = F.normalize(torch.eye(3, embedding_dim), dim=-1)
-    return TaskData(("a", "b", "c"), embeddings, "a {}", "", data, data, {"name": backbone}, "")
+    embeddings = torch.eye(3)
+    return TaskData(
+        ("a", "b", "c"), embeddings, "a {}", "", data, data, {"name": backbone}, "", text_model="open_clip:a/b"
+    )
 
 
 def score(data: TaskData, task: tuple[int, ...], scores: torch.Tensor) -> float:
@@ -168,7 +170,9 @@ def test_zero_shot_needs_clips_own_features() -> None:
     assert zero_shot_obstacle(separable_data(backbone="resnet18")) == (
         "the features are of resnet18, not of CLIP's image tower"
     )
-    assert zero_shot_obstacle(separable_data(embedding_dim=4)) == "features have 3 numbers, text embeddings 4"
+    assert zero_shot_obstacle(separable_data(backbone="open_clip:a/c")) == (
+        "the features are of open_clip:a/c, the text embeddings of open_clip:a/b; give --text open_clip:a/c"
+    )
 
 
 @pytest.mark.parametrize("parameters", [1, 5_000, 6_000_000])

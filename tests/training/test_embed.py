@@ -30,7 +30,7 @@ def test_round_trip_through_the_table_encoder(tmp_path: Path) -> None:
     names = ("apple", "maple tree", "bus")
     save_table(tmp_path / "e.safetensors", "fruit.a", embed(names, "a {}", LetterEncoder()))
     table = read_embedding_table(f"{tmp_path}/e.safetensors#fruit.a")
-    assert (table.names, table.template) == (names, "a {}")
+    assert (table.names, table.template, table.encoder) == (names, "a {}", "letters")
     expected = LetterEncoder().encode(["a bus", "a apple"])
     looked_up = TableTextEncoder.from_file(tmp_path / "e.safetensors", "fruit.a").encode(["a bus", "a apple"])
     torch.testing.assert_close(looked_up, expected)

@@ -173,7 +173,7 @@ def test_timm_model(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("source", "side", "message"),
     [
-        ("resnet18", None, "give torchvision:NAME, timm:NAME or dir:PATH"),
+        ("resnet18", None, "give torchvision:NAME, timm:NAME, open_clip:ARCH/TAG or dir:PATH"),
         ("torchvision:resnet17", None, "no image classifier 'resnet17'"),
         ("torchvision:fcn_resnet50", None, "no image classifier"),
         ("timm:nothing_at_all", None, "timm has no model"),

@@ -94,6 +94,12 @@ def test_bad_input_is_one_line_and_status_2(toy: Toy, inputs: list[str], tmp_pat
     assert_one_line_error(
         run(evaluate_app, "--checkpoint", tmp_path, "--zoo", toy.zoo_folder, *inputs, *out), "is not a checkpoint"
     )
+    foreign = ["--backbone", "open_clip:ViT-B-32/openai"]
+    for command in (
+        run(fit_app, "--zoo", toy.zoo_folder, *inputs, *out, *foreign),
+        run(train_app, *inputs, *out, *foreign),
+    ):
+        assert_one_line_error(command, "checkpoint and service hold only what `t2w backbone` wrote")
     (tmp_path / "taken").touch()
     taken = ["--out", tmp_path / "taken" / "out"]
     assert_one_line_error(run(train_app, *inputs, *taken), r"taken")

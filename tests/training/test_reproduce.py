@@ -28,8 +28,8 @@ from text2weight_training.datasets import download_tiny_imagenet
 from text2weight_training.feature_file import read_feature_file
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import Preset, load_preset
-from text2weight_training.reproduce import REPRODUCTIONS, Reproduction, make_plan
-from text2weight_training.reproduce_cli import Reproduced, reproduce_app
+from text2weight_training.reproduce import BACKBONES, CLIP, REPRODUCTIONS, RESNET18, Reproduction, make_plan
+from text2weight_training.reproduce_cli import BackboneChoice, Reproduced, reproduce_app
 
 WORDS = {f"n{i:02d}": name for i, name in enumerate(("apple, fruit", "bus", "lizard", "rocket", "owl", "lamp"))}
 
@@ -88,12 +88,14 @@ def site(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator
         suites={"reading": {"tasks": 3}, "denoising": {"tasks": 3, "samplers": [["ddim", 4]]}}
         | {"memorisation": {"tasks": 3}},
     )
-    what = replace(REPRODUCTIONS["tiny-imagenet"], backbone=f"dir:{folder / 'backbone'}", text_model="dir:letters")
+    backbone = replace(RESNET18, source=f"dir:{folder / 'backbone'}")
+    what = replace(REPRODUCTIONS["tiny-imagenet"], backbone=backbone, text_model="dir:letters")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "TINY_IMAGENET_MD5", md5)
         patch.setattr(reproduce, "load_text_encoder", lambda source, device: LetterEncoder())
         patch.setitem(REPRODUCTIONS, "tiny-imagenet", what)
+        patch.setitem(BACKBONES, RESNET18.source, backbone)
         yield Site(folder / "tiny-imagenet-200.zip", what, preset)
 
 
@@ -245,4 +247,19 @@ def test_the_command_knows_every_reproduction() -> None:
     for name, what in REPRODUCTIONS.items():
         assert name == what.dataset in datasets.DATASETS
         published = Reproduction(name, what.images, what.download_bytes, what.disk_bytes, what.folder)
-        assert (published.backbone, published.text_model) == ("torchvision:resnet18", "open_clip:ViT-B-32/openai")
+        assert (published.backbone.source, published.text_model) == (
+            "torchvision:resnet18",
+            "open_clip:ViT-B-32/openai",
+        )
+    assert {each.value for each in BackboneChoice} == set(BACKBONES) == {RESNET18.source, CLIP.source}
+
+
+def test_clip_as_a_backbone_is_in_the_plan() -> None:
+    preset, resnet = load_preset("large"), REPRODUCTIONS["cifar100"]
+    plain, clip = (make_plan(what, preset, Path("absent"), 60) for what in (resnet, replace(resnet, backbone=CLIP)))
+    assert clip[1].name == "features by open_clip:ViT-B-32/openai"
+    assert clip[1].seconds > plain[1].seconds
+    assert clip[1].memory_bytes - plain[1].memory_bytes == 2 * (CLIP.weight_bytes - RESNET18.weight_bytes)
+    # One file holds both towers: what the download stage brings more, the text stage brings less.
+    assert clip[0].disk_bytes - plain[0].disk_bytes == CLIP.weight_bytes - RESNET18.weight_bytes
+    assert (clip[2].disk_bytes, clip[2].seconds) == (0, 60)

@@ -54,7 +54,9 @@ def features_command(
     root: Annotated[Path, typer.Option(help="the dataset's folder; cifar100 and caltech256 are downloaded into it")],
     output: Annotated[Path, typer.Option("--output", "-o", help="feature file to write")],
     dataset: Annotated[Dataset, typer.Option(help="folder: ROOT/train/CLASS/*.png and ROOT/test/...")] = Dataset.FOLDER,
-    backbone: Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME or dir:PATH")] = "torchvision:resnet18",
+    backbone: Annotated[
+        str, typer.Option(help="torchvision:NAME, timm:NAME, open_clip:ARCHITECTURE/TAG or dir:PATH")
+    ] = "torchvision:resnet18",
     half: Annotated[
         HalfChoice | None,
         typer.Option(help="use only this half of the training images: the one the backbone was not trained on"),

@@ -60,7 +60,7 @@ def embed(names: Sequence[str], template: str, encoder: TextEncoder) -> Embeddin
     if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):
         raise TrainingDataError(f"template {template!r} must hold exactly one {{}} for the class name, like 'a {{}}'")
     vectors = encoder.encode([template.format(name) for name in names])  # (n, D)
-    return EmbeddingTable(template, tuple(names), vectors)
+    return EmbeddingTable(template, tuple(names), vectors, encoder=encoder.name)
 
 
 def collect_descriptions(path: Path, names: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
@@ -86,7 +86,8 @@ def embed_descriptions(described: Mapping[str, tuple[str, ...]], encoder: TextEn
         a table that says so: its template is "{}", and it holds the descriptions.
     """
     texts = tuple(described.values())
-    return EmbeddingTable("{}", tuple(described), embed_texts(texts, encoder), descriptions=texts)
+    vectors = embed_texts(texts, encoder)  # (n, D)
+    return EmbeddingTable("{}", tuple(described), vectors, descriptions=texts, encoder=encoder.name)
 
 
 def save_table(path: Path, table_name: str, table: EmbeddingTable) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from text2weight_training.image_encoders import OPEN_CLIP
 from text2weight_training.tasks import TaskData
 
 # Shares of the features' mean variance that are added to every direction of it.
@@ -62,8 +63,10 @@ def zero_shot_scores(data: TaskData, task: tuple[int, ...], features: Tensor) ->
 
 def zero_shot_obstacle(data: TaskData) -> str | None:
     """Why CLIP zero-shot does not apply to these features; None where it does."""
-    if data.feature_dim != data.embeddings.shape[1]:
-        return f"features have {data.feature_dim} numbers, text embeddings {data.embeddings.shape[1]}"
-    if "clip" not in data.backbone["name"].lower():
-        return f"the features are of {data.backbone['name']}, not of CLIP's image tower"
-    return None
+    backbone = data.backbone["name"]
+    if not backbone.startswith(OPEN_CLIP):
+        return f"the features are of {backbone}, not of CLIP's image tower"
+    if data.text_model == backbone:
+        return None
+    made_by = data.text_model or "a text model that their table does not name"
+    return f"the features are of {backbone}, the text embeddings of {made_by}; give --text {backbone}"

@@ -1,4 +1,4 @@
-"""Feature extractors: our own backbone folders, torchvision's models and timm's.
+"""Feature extractors: our own backbone folders, torchvision's models, timm's, and open_clip's image towers.
 
 Letters: N images, R side in pixels, d feature size.
 """
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from text2weight.backbone import describe_preprocessing, load_backbone, normalise_pixels
+from text2weight.text_encoder import create_open_clip
 from text2weight_training.files import TrainingDataError
+
+# How the name of an open_clip model begins; of a text tower and its image tower it is the same.
+OPEN_CLIP = "open_clip:"
+# What `text2weight.backbone.resize_and_crop` does, in open_clip's words.
+RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 class ImageEncoder(Protocol):
@@ -50,7 +56,7 @@ class ImageEncoder(Protocol):
 
 @dataclass(frozen=True)
 class PublishedEncoder:
-    """A model of torchvision or timm without its classifier layer, with ImageNet-style preprocessing.
+    """A published model without a classifier layer, with ImageNet-style preprocessing.
 
     Pictures are resized and cropped as `text2weight.backbone.resize_and_crop` does it.
     """
@@ -83,24 +89,29 @@ def load_image_encoder(source: str, device: str = "cpu", side: int | None = None
     """Load an extractor.
 
     Args:
-        source: "torchvision:NAME" (published weights), "timm:NAME" or "dir:PATH" (our own folder).
+        source: "torchvision:NAME" (published weights), "timm:NAME", "open_clip:ARCH/TAG" (CLIP's image tower) or
+            "dir:PATH" (our own folder).
         device: torch device.
-        side: R, where it should differ from the model's own; not for "dir:", whose heads rely on it.
+        side: R, where it should differ from the model's own; not for "dir:" and "open_clip:", which fix it.
 
     Raises:
-        TrainingDataError: another form, an unknown model, or weights that cannot be had.
+        TrainingDataError: another form, an unknown model, weights that cannot be had, or pictures prepared otherwise.
         CheckpointError: PATH is not a sound backbone folder.
     """
     kind, _, name = source.partition(":")
+    if kind in ("dir", "open_clip") and side is not None:
+        raise TrainingDataError(f"--side does not go with {source}: its own config fixes it")
     if kind == "dir" and name:
-        if side is not None:
-            raise TrainingDataError(f"--side does not go with {source}: the folder's config.json fixes it")
         return load_backbone(Path(name), device)
     if kind == "torchvision" and name:
         return _torchvision(name, torch.device(device), side)
     if kind == "timm" and name:
         return _timm(name, torch.device(device), side)
-    raise TrainingDataError(f"unknown backbone {source!r}: give torchvision:NAME, timm:NAME or dir:PATH")
+    if kind == "open_clip" and "/" in name:
+        return _open_clip(name, torch.device(device))
+    raise TrainingDataError(
+        f"unknown backbone {source!r}: give torchvision:NAME, timm:NAME, open_clip:ARCH/TAG or dir:PATH"
+    )
 
 
 def _torchvision(name: str, device: torch.device, side: int | None) -> PublishedEncoder:
@@ -153,6 +164,43 @@ def _timm(name: str, device: torch.device, side: int | None) -> PublishedEncoder
         tuple(values["mean"]),
         tuple(values["std"]),
         device,
+    )
+
+
+class ImageTower(nn.Module):
+    """The image half of an open_clip model: normalised pictures (N, 3, R, R) to (N, D), in the space of its texts."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        """Keep the model; its text tower is not used."""
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Project features; their lengths are the network's own."""
+        features: Tensor = self.clip.encode_image(images, normalize=False)  # type: ignore[operator]
+        return features
+
+
+def _open_clip(name: str, device: torch.device) -> PublishedEncoder:
+    from open_clip import get_model_preprocess_cfg
+
+    architecture, _, tag = name.rpartition("/")
+    try:
+        model = create_open_clip(architecture, tag)
+    except Exception as error:  # open_clip raises many kinds, from its own to the hub's
+        raise TrainingDataError(f"{OPEN_CLIP}{name} cannot be loaded: {error}") from error
+    values = get_model_preprocess_cfg(model)
+    size = values["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    resizing = {key: values[key] for key in RESIZING}
+    if height != width or resizing != RESIZING:
+        raise TrainingDataError(
+            f"{OPEN_CLIP}{name} wants pictures of {width} x {height} px by {resizing}: "
+            f"only squares by {RESIZING} are made here, choose another model"
+        )
+    encoder = _frozen(ImageTower(model), device)
+    return PublishedEncoder(
+        encoder, f"{OPEN_CLIP}{name}", int(width), tuple(values["mean"]), tuple(values["std"]), device
     )
 
 

@@ -96,6 +96,7 @@ def fit_command(
     state = out.with_name(f"{out.name}-state.pt")
     if state.exists() and not resume:
         raise TrainingDataError(f"{state} holds a fit: add --resume to go on from it, or remove it to start anew")
+    _check_backbone(backbone)
     data, settings = _load(features, text, template, preset, condition_text)
     fit = Fit(data, load_zoo(zoo), settings, state, device)
     if resume and not fit.resume():
@@ -207,9 +208,18 @@ def train_command(
     from text2weight_training.train import train
 
     device = check_device(device)
+    _check_backbone(backbone)
     data, settings = _load(features, text, template, preset, condition_text)
     train(data, settings, out, minutes, device, backbone)
     typer.echo(f"checkpoint in {out / 'checkpoint'}, results in {out / 'evaluation.json'}")
+
+
+def _check_backbone(folder: Path | None) -> None:
+    """Refuse before the fit what its checkpoint could not hold."""
+    from text2weight.backbone import load_backbone
+
+    if folder is not None:
+        load_backbone(folder)
 
 
 def _load(

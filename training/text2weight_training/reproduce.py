@@ -7,7 +7,7 @@ already is not made again. Time, disk and memory of a plan are rough: rates of t
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,39 @@ from text2weight_training.presets import Preset
 from text2weight_training.tasks import load_task_data
 from text2weight_training.train import train
 
-# Rates of two CPU cores: ResNet-18 at 224 px in bf16; optimiser steps of zoo heads in stacks of 64; evaluation with the
-# oracle's two starts. Seconds are scaled from these. A download is taken to bring 10 MB a second.
-IMAGES_PER_SECOND = 70.0
+# Rates of two CPU cores: optimiser steps of zoo heads in stacks of 64; evaluation with the oracle's two starts. Seconds
+# are scaled from these and the backbone's. A download is taken to bring 10 MB a second.
 HEAD_STEPS_PER_SECOND = 5300.0
 EVALUATION_SECONDS_PER_TASK = 1.2
 DOWNLOAD_BYTES_PER_SECOND = 10e6
-# The published weights, downloaded into the libraries' own caches.
-BACKBONE_BYTES = 47e6
+# The published weights, downloaded into the library's own cache.
 TEXT_MODEL_BYTES = 605e6
 # Python with torch and its libraries.
 PROCESS_BYTES = 1e9
 # A saved fit: network, its average, and two moments of the optimiser, fp32.
 STATE_BYTES_PER_PARAMETER = 16
+
+
+@dataclass(frozen=True)
+class PublishedBackbone:
+    """A feature extractor, and how much it asks for.
+
+    Attributes:
+        source: as `load_image_encoder` takes it.
+        weight_bytes: of its published weights, downloaded into the library's own cache.
+        images_per_second: what two CPU cores extract in bf16.
+        side: picture side in pixels that it works on.
+    """
+
+    source: str
+    weight_bytes: float
+    images_per_second: float
+    side: int = 224
+
+
+RESNET18 = PublishedBackbone("torchvision:resnet18", 47e6, 70.0)
+CLIP = PublishedBackbone("open_clip:ViT-B-32/openai", TEXT_MODEL_BYTES, 10.0)
+BACKBONES = {each.source: each for each in (RESNET18, CLIP)}
 
 
 @dataclass(frozen=True)
@@ -56,8 +76,7 @@ class Reproduction:
         download_bytes: what comes over the network.
         disk_bytes: pictures on disk, with an archive that stays there.
         folder: where they lie, below the data folder.
-        backbone: as `load_image_encoder` takes it.
-        side: picture side in pixels that it works on, for the plan.
+        backbone: what turns them into features.
         text_model: as `load_text_encoder` takes it.
         template: prompt for the class names.
     """
@@ -67,8 +86,7 @@ class Reproduction:
     download_bytes: float
     disk_bytes: float
     folder: str
-    backbone: str = "torchvision:resnet18"
-    side: int = 224
+    backbone: PublishedBackbone = RESNET18
     text_model: str = "open_clip:ViT-B-32/openai"
     template: str = "a {}"
 
@@ -113,30 +131,32 @@ def make_plan(what: Reproduction, preset: Preset, out: Path, minutes: float) -> 
     shared = zoo.universal.steps * zoo.universal.batch_size + zoo.base.steps * zoo.base.batch_size
     head_steps = heads * zoo.heads.steps + shared / zoo.heads.batch_size
     features_done = (out / "features.safetensors").exists()
-    pixel_bytes = 3.0 * what.side**2 * DECODE_BLOCK
+    backbone, pixel_bytes = what.backbone, 3.0 * what.backbone.side**2 * DECODE_BLOCK
+    # CLIP's one file holds both towers, and is downloaded with the first.
+    text_download = 0.0 if what.text_model == backbone.source else TEXT_MODEL_BYTES
     return [
         Stage(
             f"download {what.dataset}",
             f"data/{what.folder}",
             features_done or (out / "data" / what.folder).is_dir(),
-            (what.download_bytes + BACKBONE_BYTES) / DOWNLOAD_BYTES_PER_SECOND,
-            what.disk_bytes + BACKBONE_BYTES,
+            (what.download_bytes + backbone.weight_bytes) / DOWNLOAD_BYTES_PER_SECOND,
+            what.disk_bytes + backbone.weight_bytes,
             PROCESS_BYTES,
         ),
         Stage(
-            f"features by {what.backbone}",
+            f"features by {backbone.source}",
             "features.safetensors",
             features_done,
-            what.images / IMAGES_PER_SECOND,
+            what.images / backbone.images_per_second,
             2 * feature_bytes,  # finished blocks lie beside the file until it is written
-            2 * PROCESS_BYTES + 2 * pixel_bytes,
+            2 * PROCESS_BYTES + 2 * pixel_bytes + 2 * backbone.weight_bytes,
         ),
         Stage(
             f"class embeddings by {what.text_model}",
             "text.safetensors",
             _has_table(what, out),
-            60 + TEXT_MODEL_BYTES / DOWNLOAD_BYTES_PER_SECOND,
-            TEXT_MODEL_BYTES,
+            60 + text_download / DOWNLOAD_BYTES_PER_SECOND,
+            text_download,
             PROCESS_BYTES + 2 * TEXT_MODEL_BYTES,
         ),
         Stage(
@@ -230,13 +250,13 @@ def reproduce(what: Reproduction, preset: Preset, out: Path, minutes: float, dev
             f"{out} has {_gigabytes(free)} GB of free disk, what is left of the plan needs {_gigabytes(left)} GB: "
             "make room, or choose another --out"
         )
-    sources = ("dataset", "backbone", "text_model", "template")
-    origin = {name: value for name, value in asdict(what).items() if name in sources}
+    origin = {name: getattr(what, name) for name in ("dataset", "text_model", "template")}
+    origin["backbone"] = what.backbone.source
     claim(out / "reproduction.json", origin, "reproduction")
     features, text = out / "features.safetensors", out / "text.safetensors"
     if not features.exists():
         images = _open_pictures(what, out / "data")
-        extract(*images, load_image_encoder(what.backbone, device), ExtractConfig(), features, device)
+        extract(*images, load_image_encoder(what.backbone.source, device), ExtractConfig(), features, device)
     if not _has_table(what, out):
         names = [plain_name(name) for name in read_feature_file(features).classes]
         save_table(text, what.dataset, embed(names, what.template, load_text_encoder(what.text_model, device)))

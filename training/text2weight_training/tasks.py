@@ -125,6 +125,8 @@ class TaskData:
         fingerprint: hash of all of the above.
         condition_texts: what the denoiser reads in place of `embeddings`, if anything. No part of the fingerprint:
             heads, and so zoos, do not depend on it.
+        text_model: name of the text encoder that made `embeddings`; "" where that is not recorded. No part of the
+            fingerprint: the embeddings themselves are.
     """
 
     classes: tuple[str, ...]
@@ -136,6 +138,7 @@ class TaskData:
     backbone: dict[str, str]
     fingerprint: str
     condition_texts: ConditionTexts | None = None
+    text_model: str = ""
 
     @property
     def condition_embeddings(self) -> Tensor:
@@ -192,12 +195,12 @@ def load_task_data(
             raise TrainingDataError(f"template {template!r}: one {{}} must stand for the class name")
         encoder = load_text_encoder(text)
         embeddings = encoder.encode([template.format(name) for name in names])  # (C, D)
-        kept, source = list(range(len(names))), text
+        kept, source, text_model = list(range(len(names))), text, encoder.name
     else:
         table = read_embedding_table(text.removeprefix("table:"))
         kept = _match_names(names, table, text)
         embeddings = table.embeddings[[table.rows[names[i].casefold()] for i in kept]]  # (C, D)
-        template, source = table.template, f"table:{text.removeprefix('table:')}"
+        template, text_model, source = table.template, table.encoder, f"table:{text.removeprefix('table:')}"
     classes = tuple(names[i] for i in kept)
     _warn_of_equal_embeddings(classes, embeddings)
     train = _relabel(file.train_features, file.train_labels, kept)
@@ -207,7 +210,7 @@ def load_task_data(
         digest.update(tensor.contiguous().numpy().tobytes())
     backbone = {"name": file.backbone, "preprocess": file.preprocess, "feature_dim": str(file.dim)}
     texts = None if condition_text is None else _read_condition_texts(condition_text, classes, embeddings.shape[1])
-    return TaskData(classes, embeddings, template, source, train, test, backbone, digest.hexdigest(), texts)
+    return TaskData(classes, embeddings, template, source, train, test, backbone, digest.hexdigest(), texts, text_model)
 
 
 def _read_condition_texts(source: str, classes: Sequence[str], size: int) -> ConditionTexts:
