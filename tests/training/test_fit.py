@@ -144,16 +144,15 @@ def test_an_untrained_denoiser_generates_the_mean_head(toy: Toy, tmp_path: Path)
     torch.testing.assert_close(toy.preset.head.flatten(head.tensors), toy.zoo.weights.mean(0), atol=1e-5, rtol=1e-5)
 
 
-def test_broken_numbers_stop_the_fit_and_keep_the_last_sound_state(toy: Toy, tmp_path: Path) -> None:
+def test_broken_numbers_stop_the_fit_before_they_are_saved(toy: Toy, tmp_path: Path) -> None:
+    """The first step's losses are sound, what it makes of the weights is not."""
     changes = {"fit__save_every": 1, "fit__steps": 40, "fit__learning_rate": 1e18, "fit__warmup": 0.0}
     fit = make_fit(toy, tmp_path / "state.pt", **changes)
-    with pytest.raises(TrainingDataError, match=r"is not finite at step (\d+): lower fit.learning_rate"):
+    with pytest.raises(
+        TrainingDataError, match=r"is not finite at step 1: lower fit.learning_rate; no state was saved$"
+    ):
         fit.run()
-    assert fit.state.step > 1
-    again = make_fit(toy, tmp_path / "state.pt", **changes)
-    assert again.resume()
-    assert again.state.step == fit.state.step - 1
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in again.denoiser.state_dict().values())
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_a_broken_gradient_stops_the_fit(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +168,78 @@ def test_a_broken_gradient_stops_the_fit(toy: Toy, tmp_path: Path, monkeypatch: 
         return losses
 
     monkeypatch.setattr(fit, "_compute_losses", breaking)
-    with pytest.raises(TrainingDataError, match="gradient norm is not finite at step 3"):
+    with pytest.raises(
+        TrainingDataError, match=r"^gradient norm is not finite at step 3: .*; the state of step 2 is kept in"
+    ):
         fit.run()
     again = make_fit(toy, tmp_path / "state.pt", fit__save_every=1)
     assert again.resume()
     assert again.state.step == 2
+
+
+def explode_after(fit: Fit, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a step leave weights that are finite and far off."""
+    make_step = fit._step
+
+    def exploding(done: float) -> dict[str, torch.Tensor]:
+        losses = make_step(done)
+        if fit.state.step + 1 == step:
+            with torch.no_grad():
+                fit.denoiser.get_parameter("weights.unit_out.bias").add_(10.0)
+        return losses
+
+    monkeypatch.setattr(fit, "_step", exploding)
+
+
+@pytest.mark.parametrize(
+    ("save_every", "found", "kept"),
+    [
+        (1, 6, "the state of step 5 is kept in .*state.pt"),
+        (4, 7, "the state of step 4 is kept"),
+        (9, 7, "no state was"),
+    ],
+    ids=["before it is saved", "between saves", "before the first save"],
+)
+def test_exploding_losses_stop_the_fit_and_keep_the_last_good_state(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int, found: int, kept: str
+) -> None:
+    """Step 6 leaves weights that explode: its own losses are sound."""
+    fit = make_fit(toy, tmp_path / "state.pt", fit__save_every=save_every)
+    explode_after(fit, 6, monkeypatch)
+    message = rf"^the loss exploded from a median of \S+ to \S+ at step {found}: lower fit.learning_rate; {kept}"
+    with pytest.raises(TrainingDataError, match=message):
+        fit.run()
+    if save_every == 9:
+        assert not (tmp_path / "state.pt").exists()
+        return
+    again = make_fit(toy, tmp_path / "state.pt", fit__save_every=save_every)
+    assert again.resume()
+    assert again.state.step == (5 if save_every == 1 else 4)
+    again.run()
+    assert again.state.step == 12
+
+
+def test_a_resumed_fit_remembers_the_losses_before(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_fit(toy, tmp_path / "state.pt").run(minutes=1e-6)
+    fit = make_fit(toy, tmp_path / "state.pt")
+    assert fit.resume()
+    explode_after(fit, fit.state.step + 1, monkeypatch)
+    with pytest.raises(TrainingDataError, match=r"exploded .* the state of step 1 is kept"):
+        fit.run()
+    # A state from before losses were kept in it.
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["losses"]
+    torch.save(state, tmp_path / "state.pt")
+    old = make_fit(toy, tmp_path / "state.pt")
+    assert old.resume()
+    old.run()
+
+
+def test_a_learning_rate_that_is_far_too_high_stops_the_fit(toy: Toy, tmp_path: Path) -> None:
+    """The numbers stay finite: without the watch it would run to its end."""
+    fit = make_fit(toy, tmp_path / "state.pt", fit__learning_rate=3.0, fit__steps=60)
+    with pytest.raises(TrainingDataError, match="the loss exploded"):
+        fit.run()
 
 
 def test_a_state_of_another_preset_or_other_data_is_refused(toy: Toy, tmp_path: Path) -> None:
