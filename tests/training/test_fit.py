@@ -138,10 +138,58 @@ def test_checkpoint_moves_with_its_text_table(toy: Toy, tmp_path: Path) -> None:
     assert Generator.load(moved).text_encoder.encode(["a apple"]).shape == (1, toy.data.embeddings.shape[1])
 
 
-def test_an_untrained_denoiser_generates_the_mean_head(toy: Toy, tmp_path: Path) -> None:
-    make_fit(toy, tmp_path / "s.pt").write_checkpoint(tmp_path / "checkpoint")
-    head = Generator.load(tmp_path / "checkpoint").generate(["apple", "bus"])
-    torch.testing.assert_close(toy.preset.head.flatten(head.tensors), toy.zoo.weights.mean(0), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("tokens", ["unit", "chunk"])
+@pytest.mark.parametrize("scaling", ["standardise", "min_max"])
+def test_an_untrained_denoiser_generates_the_mean_head(toy: Toy, tmp_path: Path, scaling: str, tokens: str) -> None:
+    fit = make_fit(toy, tmp_path / "s.pt", scaling=scaling, denoiser__tokens=tokens)
+    fit.write_checkpoint(tmp_path / "checkpoint")
+    generator = Generator.load(tmp_path / "checkpoint")
+    for sampler, steps in (("mean", 1), ("ddim", 3)):
+        head = generator.generate(["apple", "bus"], sampler=sampler, steps=steps)
+        torch.testing.assert_close(toy.preset.head.flatten(head.tensors), toy.zoo.weights.mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"denoiser__unit_identity": False},
+        {"denoiser__tokens": "chunk", "fit__permute_units": True},
+        {"denoiser__tokens": "chunk", "fit__symmetry_weight": 0.1},
+    ],
+    ids=["exact", "implicit", "explicit"],
+)
+def test_a_network_without_an_order_of_units_starts_without_one(
+    toy: Toy, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    fit = make_fit(toy, tmp_path / "s.pt", scaling="min_max", **changes)
+    assert fit.denoiser.start is not None
+    spec = toy.preset.head
+    restored, mean = (spec.unflatten(flat) for flat in (fit.space.restore(fit.denoiser.start), toy.zoo.weights.mean(0)))
+    for name, dim in (("linear1.weight", 0), ("linear1.bias", 0), ("linear2.weight", 1)):
+        over_units = mean[name].mean(dim, keepdim=True).expand_as(mean[name])
+        torch.testing.assert_close(restored[name], over_units, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(restored["linear2.bias"], mean["linear2.bias"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scaling": "min_max", "prediction": "v"}], ids=["standardised", "v"])
+def test_nothing_is_added_where_the_outputs_mean_is_zero(toy: Toy, tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert make_fit(toy, tmp_path / "s.pt", **changes).denoiser.start is None
+
+
+def test_a_state_goes_on_from_where_its_network_started(toy: Toy, tmp_path: Path) -> None:
+    fit = make_fit(toy, tmp_path / "state.pt", scaling="min_max")
+    fit.save()
+    again = make_fit(toy, tmp_path / "state.pt", scaling="min_max")
+    assert again.resume()
+    assert again.denoiser.start is not None
+    # A network that has learnt from zero goes on from there.
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["starts"]
+    torch.save(state, tmp_path / "state.pt")
+    old = make_fit(toy, tmp_path / "state.pt", scaling="min_max")
+    assert old.resume()
+    assert old.denoiser.start is None
+    assert old.average.start is None
 
 
 def test_broken_numbers_stop_the_fit_before_they_are_saved(toy: Toy, tmp_path: Path) -> None:

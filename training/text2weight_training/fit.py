@@ -37,6 +37,7 @@ from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.given import GivenDraws, draw_given, partly_trained
 from text2weight_training.loss_watch import LossWatch
 from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
+from text2weight_training.output_start import output_start
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center, training_class_names
 from text2weight_training.stacked import cosine_decay
@@ -111,8 +112,9 @@ class Fit:
         self._starts = self.space.standardise(torch.stack([zoo.universal, zoo.base])).to(target)  # (2, P)
         torch.manual_seed(preset.seed)
         center = training_center(data.condition_embeddings, zoo.split)  # (D,)
-        self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, center)
-        self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, center).to(target)
+        start = output_start(preset, self.space, zoo.weights)
+        self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, center, start)
+        self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, center, start).to(target)
         self.average.load_state_dict(self.denoiser.state_dict())
         optimizer = torch.optim.AdamW(
             _decay_groups(self.denoiser, preset.fit.weight_decay), lr=preset.fit.learning_rate, betas=(0.9, 0.98)
@@ -350,6 +352,7 @@ class Fit:
             "step": self.state.step,
             "seconds": self.state.seconds,
             "losses": self._watch.losses,
+            "starts": self.denoiser.start is not None,
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -386,6 +389,8 @@ class Fit:
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if not state.get("starts", False):  # the network has learnt with nothing added to its output
+            self.denoiser.start = self.average.start = None
         if self.adversary is not None:
             self.adversary.load_state_dict(state["adversary"])
         self.state = FitState(state["step"], state["seconds"])
