@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
 from text2weight.denoiser import Denoiser
 from text2weight.generator import BUNDLED_CONDITION_TEXT, BUNDLED_TEXT_ENCODER, created_by
+from text2weight.samplers import make_plan
 from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
-from text2weight_training.adversary import Adversary
+from text2weight_training.adversary import SAMPLER_CALLS, SAMPLES, Adversary, sample_heads
 from text2weight_training.class_mixing import draw_class_mixing
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.given import GivenDraws, draw_given, partly_trained
@@ -67,6 +68,7 @@ class StepDraws:
         timesteps: (B,) in 1..N.
         orders: (z, h) permutations for the equivariance loss, if it is on.
         given: of the heads to improve, if any are given.
+        sampler: (k, s, P) noise of the sampler's runs for the discriminator, if there is one.
     """
 
     batch: TaskBatch
@@ -76,6 +78,7 @@ class StepDraws:
     timesteps: Tensor
     orders: Tensor | None
     given: GivenDraws | None
+    sampler: Tensor | None
 
 
 class Fit:
@@ -134,6 +137,7 @@ class Fit:
         if preset.fit.adversarial_weight:
             size, limit = self._zoo_clean.shape[1], float(self._zoo_clean.abs().max())
             self.adversary = Adversary(size, limit, preset.fit.discriminator_learning_rate, self._accelerator)
+            self._plan = make_plan(preset.sampler, min(preset.steps, SAMPLER_CALLS), preset.schedule)
 
     def run(self, minutes: float | None = None) -> None:
         """Train to the end: the preset's number of steps, or a time limit.
@@ -287,7 +291,10 @@ class Fit:
         if settings.given_share:
             starts, size = self._starts.shape
             given = draw_given(len(clean), size, starts, settings.given_share, generator).to(device)
-        return StepDraws(batch, clean, start, noise, steps.to(device), orders, given)
+        sampler = None
+        if self.adversary is not None:
+            sampler = torch.randn(len(self._plan), SAMPLES, clean.shape[1], generator=generator).to(device)  # (k, s, P)
+        return StepDraws(batch, clean, start, noise, steps.to(device), orders, given, sampler)
 
     def _compute_losses(self, generator: torch.Generator) -> dict[str, Tensor]:
         settings, schedule = self.preset.fit, self.preset.schedule
@@ -315,10 +322,14 @@ class Fit:
             losses["later calls"] = self._losses.task(denoised.estimate, batch)
         if draws.orders is not None:
             losses["symmetry"] = self._losses.symmetry(self._model, denoised, draws.orders)
-        if self.adversary is not None:
-            # One-shot estimates from noised zoo heads, and samples of one and of two denoiser calls.
+        if self.adversary is not None and draws.sampler is not None:
+            # One-shot estimates of noised zoo heads and, of fresh items, of pure noise and of the renoised first ones.
             fakes = torch.cat([denoised.estimate, first])  # (B + b, P)
-            losses["adversarial"] = self.adversary.loss(draws.clean, fakes)
+            items = batch.condition.select(torch.arange(SAMPLES, device=clean.device) % len(draws.clean))
+            samples = sample_heads(
+                self._model, self._plan, schedule, self.preset.prediction, draws.sampler, items
+            )  # (s, P)
+            losses["adversarial"] = self.adversary.loss(draws.clean, fakes, samples)
         return losses
 
     @torch.no_grad()
