@@ -382,6 +382,34 @@ def test_the_fit_never_trains_on_an_unseen_task(toy: Toy, tmp_path: Path, monkey
     assert not unseen & set(met)
 
 
+def test_the_average_by_hand(toy: Toy, tmp_path: Path) -> None:
+    """After s steps the decay is (1 + s) / (10 + s), until that passes the preset's."""
+    fit = make_fit(toy, tmp_path / "s.pt", fit__ema_decay=0.9)
+    kept, live = (dict(network.named_parameters()) for network in (fit.average, fit.denoiser))
+    expected = 0.0
+    with torch.no_grad():
+        for parameter in kept.values():
+            parameter.zero_()
+        for step, value, decay in ((2, 1.0, 3 / 12), (8, -2.0, 9 / 18), (1000, 5.0, 0.9)):
+            for parameter in live.values():
+                parameter.fill_(value)
+            fit.state.step = step
+            fit._update_average()
+            expected = decay * expected + (1 - decay) * value
+            for name, parameter in kept.items():
+                torch.testing.assert_close(parameter, torch.full_like(parameter, expected), msg=name)
+    assert expected == pytest.approx(0.9 * (0.5 * 0.75 - 1) + 0.5)
+
+
+def test_without_averaging_the_last_weights_are_kept(toy: Toy, tmp_path: Path) -> None:
+    fit = make_fit(toy, tmp_path / "s.pt", fit__ema_decay=0.0)
+    fit.run()
+    assert_same_weights(fit.average, fit.denoiser)
+    averaged = make_fit(toy, tmp_path / "t.pt")
+    averaged.run()
+    assert not torch.equal(averaged.average.count_in.weight, averaged.denoiser.count_in.weight)
+
+
 def test_learning_rate_rises_then_falls_to_zero() -> None:
     factors = [learning_rate_factor(i / 100, 0.1) for i in range(101)]
     peak = factors.index(max(factors))
