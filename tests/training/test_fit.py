@@ -233,7 +233,7 @@ def explode_after(fit: Fit, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         losses = make_step(done)
         if fit.state.step + 1 == step:
             with torch.no_grad():
-                fit.denoiser.get_parameter("weights.unit_out.bias").add_(10.0)
+                fit.denoiser.get_parameter("weights.unit_out.bias").add_(30.0)
         return losses
 
     monkeypatch.setattr(fit, "_step", exploding)
@@ -378,7 +378,7 @@ def test_the_fit_never_trains_on_an_unseen_task(toy: Toy, tmp_path: Path, monkey
 
     monkeypatch.setattr(fit_module, "make_task_batch", watch)
     make_fit(toy, tmp_path / "s.pt").run()
-    assert len(met) == 12 * 16
+    assert len(met) == (12 + 4) * 16  # the steps, and what is looked at before each saved state
     assert not unseen & set(met)
 
 

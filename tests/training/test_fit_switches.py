@@ -40,6 +40,7 @@ VARIANTS = [
     pytest.param({"fit__adversarial_weight": 0.01}, {"adversarial", "discriminator"}, id="adversarial"),
     pytest.param(DROPOUT, set(), id="dropout"),
     pytest.param(READS, set(), id="given heads"),
+    pytest.param({"fit__diffusion_weight": 0.0}, set(), id="task loss alone"),
     pytest.param({"denoiser__pooled": False}, set(), id="class tokens only"),
     pytest.param({"denoiser__class_tokens": False}, set(), id="pooled only"),
     pytest.param({"scaling": "min_max"}, set(), id="min-max"),

@@ -10,9 +10,17 @@ from text2weight_training.loss_watch import EXPLODED, WINDOW, LossWatch
 
 
 def test_the_limit_is_a_multiple_of_the_median() -> None:
-    watch = LossWatch([1.0, 3.0, 2.0, 100.0])  # median 2.5
+    watch = LossWatch([0.0, 100.0] + [2.0, 3.0] * (WINDOW // 2 - 1))  # median 2.5
     assert watch.complaint(2.5 * EXPLODED) is None
     assert watch.complaint(2.5 * EXPLODED + 0.1) == "the loss exploded from a median of 2.5 to 25.1"
+
+
+def test_the_first_steps_may_stray_further() -> None:
+    watch = LossWatch([2.5] * (WINDOW - 1))
+    assert watch.complaint(2.5 * EXPLODED**2) is None
+    assert watch.complaint(2.5 * EXPLODED**2 + 1) == "the loss exploded from a median of 2.5 to 251"
+    watch.add(2.5)
+    assert watch.complaint(2.5 * EXPLODED**2) is not None
 
 
 def test_only_the_last_losses_count() -> None:
@@ -41,4 +49,5 @@ def test_what_doubles_falls_or_stands_out_once_is_sound(turns: list[float]) -> N
 
 def test_a_watch_goes_on_from_its_losses() -> None:
     watch = LossWatch([1.0, 2.0])
-    assert LossWatch(watch.losses).complaint(50.0) == watch.complaint(50.0)
+    assert LossWatch(watch.losses).complaint(500.0) == watch.complaint(500.0)
+    assert watch.complaint(500.0) is not None
