@@ -45,7 +45,12 @@ def tiny_space(spec: HeadSpec = TINY_SPEC, seed: int = 1) -> WeightSpace:
 
 
 def tiny_denoiser(
-    spec: HeadSpec = TINY_SPEC, *, seed: int | None = 2, anchor: torch.Tensor | None = None, **config: Any
+    spec: HeadSpec = TINY_SPEC,
+    *,
+    seed: int | None = 2,
+    anchor: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    **config: Any,
 ) -> Denoiser:
     """A denoiser of width 16 with random weights, or as initialised where `seed` is None."""
     settings = {
@@ -58,7 +63,7 @@ def tiny_denoiser(
         **config,
     }
     anchor = tiny_space(spec).anchor if anchor is None else anchor
-    denoiser = Denoiser(spec, DenoiserConfig(**settings), anchor, torch.full((TINY_DIM,), 0.1))
+    denoiser = Denoiser(spec, DenoiserConfig(**settings), anchor, torch.full((TINY_DIM,), 0.1), start)
     return denoiser.eval() if seed is None else randomise(denoiser, seed)  # type: ignore[return-value]
 
 

@@ -35,6 +35,7 @@ from text2weight.weight_space import WeightSpace
 
 FORMAT: Final = "text2weight.checkpoint/1"
 WEIGHTS = "model.safetensors"
+START = "output.start"
 
 
 class TextEncoderConfig(BaseModel):
@@ -209,17 +210,19 @@ def load_checkpoint(source: str | Path) -> Checkpoint:
         tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
         space = WeightSpace(*(tensors.pop(f"weight_space.{name}") for name in ("anchor", "offset", "scale")))
         center = tensors.pop("condition.center")
-        _check_shapes(config, space, center)
-        denoiser = Denoiser(config.head, config.denoiser, space.anchor, center)
+        start = tensors.pop(START, None)  # only where a network starts elsewhere than at zero
+        _check_shapes(config, space, center, start)
+        denoiser = Denoiser(config.head, config.denoiser, space.anchor, center, start)
         denoiser.load_state_dict({name.removeprefix("denoiser."): tensor for name, tensor in tensors.items()})
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}/{WEIGHTS} does not fit its config.json: {error}") from error
     return Checkpoint(folder, config, denoiser.eval(), space)
 
 
-def _check_shapes(config: CheckpointConfig, space: WeightSpace, center: Tensor) -> None:
-    expected = dict.fromkeys(space.tensors(), config.head.num_parameters) | {"center": config.denoiser.embedding_dim}
-    for name, tensor in {**space.tensors(), "center": center}.items():
+def _check_shapes(config: CheckpointConfig, space: WeightSpace, center: Tensor, start: Tensor | None) -> None:
+    weights = space.tensors() if start is None else {**space.tensors(), START: start}
+    expected = dict.fromkeys(weights, config.head.num_parameters) | {"center": config.denoiser.embedding_dim}
+    for name, tensor in {**weights, "center": center}.items():
         if tensor.shape != (expected[name],):
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected ({expected[name]},)")
 
@@ -263,6 +266,8 @@ def _tensors_to_save(denoiser: Denoiser, space: WeightSpace) -> dict[str, Tensor
     tensors = {f"denoiser.{name}": tensor.half() for name, tensor in denoiser.state_dict().items()}
     tensors |= {f"weight_space.{name}": tensor.float() for name, tensor in space.tensors().items()}
     tensors["condition.center"] = center.float()
+    if denoiser.start is not None:
+        tensors[START] = denoiser.start.float()
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

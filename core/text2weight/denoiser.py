@@ -275,10 +275,20 @@ class ChunkEmbedding(nn.Module):
 class Denoiser(nn.Module):
     """x_n, n and a condition -> the network's output, in the sampler's (standardised) space.
 
-    The output is zero at initialisation, so an untrained denoiser generates the zoo's mean head.
+    At initialisation the output is `start`, or zero. Where the sampler's variable measures deviations from the zoo's
+    mean head, or the network predicts x_0 and starts at that head, an untrained denoiser generates it.
     """
 
-    def __init__(self, spec: HeadSpec, config: DenoiserConfig, anchor: Tensor, embedding_center: Tensor) -> None:
+    start: Tensor | None
+
+    def __init__(
+        self,
+        spec: HeadSpec,
+        config: DenoiserConfig,
+        anchor: Tensor,
+        embedding_center: Tensor,
+        start: Tensor | None = None,
+    ) -> None:
         """Build the network.
 
         Args:
@@ -287,6 +297,7 @@ class Denoiser(nn.Module):
             anchor: (P,) the weight space's anchor, which names the hidden units.
             embedding_center: (D,) subtracted from embeddings: class names' CLIP embeddings share most of
                 their length, and what tells classes apart is the rest.
+            start: (P,) what is added to the output; nothing by default.
         """
         super().__init__()
         width = config.width
@@ -308,6 +319,7 @@ class Denoiser(nn.Module):
         # In place of the pooled vector and the count; an item without classes has no class tokens either.
         self.null_context = nn.Parameter(torch.zeros(width)) if config.null_condition else None
         self.register_buffer("embedding_center", embedding_center, persistent=False)
+        self.register_buffer("start", start, persistent=False)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Evaluate the network.
@@ -336,7 +348,7 @@ class Denoiser(nn.Module):
         tokens = self.norm(tokens) * (1 + scale) + shift  # (B, S, W)
         classes = self._class_set(tokens[:, count:], context, condition) if self.has_class_path else None
         output: Tensor = self.weights.decode(tokens[:, :count], classes, condition.given)
-        return output.float()  # (B, P)
+        return output.float() if self.start is None else output.float() + self.start  # (B, P)
 
     def _class_set(self, class_tokens: Tensor, context: Tensor, condition: Condition) -> Tensor:
         """Sum text and final tokens (B, K, W) over the classes, gate by the context (B, W) -> (B, M)."""

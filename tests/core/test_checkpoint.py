@@ -22,6 +22,7 @@ from text2weight.checkpoint import (
     load_checkpoint,
     read_config,
     record_evaluation,
+    save_checkpoint,
 )
 from text2weight.denoiser import DenoiserConfig
 from text2weight.errors import CheckpointError
@@ -73,6 +74,29 @@ def test_round_trip(tmp_path: Path, tokens: str) -> None:
         atol=2e-2,  # weights are stored as fp16
         rtol=2e-2,
     )
+
+
+def test_where_the_output_starts_is_written_only_where_that_is_not_zero(tmp_path: Path, checkpoint: Path) -> None:
+    """A checkpoint without it, as the bundled one, answers as its network alone does."""
+    for folder in (checkpoint, bundled_checkpoint()):
+        assert load_checkpoint(folder).denoiser.start is None
+        assert "output.start" not in load_file(folder / WEIGHTS)
+    start = torch.randn(TINY_SPEC.num_parameters)
+    config = read_config(checkpoint)
+    denoiser = tiny_denoiser(start=start, **config.denoiser.model_dump())
+    save_checkpoint(tmp_path / "starting", config, denoiser, tiny_space())
+    loaded = load_checkpoint(tmp_path / "starting").denoiser
+    assert loaded.start is not None
+    assert torch.equal(loaded.start, start)
+    noisy, timesteps = torch.randn(3, TINY_SPEC.num_parameters), torch.tensor([1, 20, 40])
+    plain = load_checkpoint(checkpoint).denoiser(noisy, timesteps, tiny_condition())
+    torch.testing.assert_close(loaded(noisy, timesteps, tiny_condition()), plain + start)
+
+
+def test_an_output_start_of_another_size_is_refused(checkpoint: Path) -> None:
+    replace_weights(checkpoint, load_file(checkpoint / WEIGHTS) | {"output.start": torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"tensor output.start has shape \(3,\), expected"):
+        load_checkpoint(checkpoint)
 
 
 def test_equal_checkpoints_have_equal_hashes(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_a_fresh_denoiser_outputs_zero(variant: dict[str, object], noisy: Tensor
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_start_is_added_to_the_output(variant: dict[str, object], noisy: Tensor, condition: Condition) -> None:
+    start = torch.arange(float(TINY_SPEC.num_parameters))
+    fresh, used = tiny_denoiser(seed=None, start=start, **variant), tiny_denoiser(start=start, **variant)
+    assert torch.equal(fresh(noisy, TIMESTEPS, condition), start.expand_as(noisy))
+    plain = tiny_denoiser(**variant)(noisy, TIMESTEPS, condition)
+    torch.testing.assert_close(used(noisy, TIMESTEPS, condition), plain + start, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_input_matters(variant: dict[str, object], bias: bool, condition: Condition) -> None:
     spec = HeadSpec(input_dim=6, hidden_dim=3, output_dim=8, bias=bias)

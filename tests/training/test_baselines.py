@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -33,6 +35,8 @@ from text2weight_training.files import TrainingDataError
 from text2weight_training.hypernetwork import Hypernetwork, describe_tasks, matching_width, train_hypernetwork
 from text2weight_training.splits import draw_fresh_tasks
 from text2weight_training.stacked import HeadRecipe, stacked_logits
+from text2weight_training.suites.accuracy import _regularised
+from text2weight_training.suites.base import SuiteRun
 from text2weight_training.tasks import ClassFeatures, TaskData, task_embeddings
 
 
@@ -107,6 +111,27 @@ def test_a_diverging_universal_head_is_an_error(hard_toy: Toy) -> None:
     preset = hard_preset(suites__accuracy={"restricted_universal": recipe})
     with pytest.raises(TrainingDataError, match=r"lower suites.accuracy.restricted_universal.learning_rate"):
         restricted_universal_head(hard_toy.data, hard_toy.zoo, preset)
+
+
+def test_the_restricted_universal_head_honours_smoothing_and_dropout(hard_toy: Toy) -> None:
+    recipe = {"steps": 3, "batch_size": 32, "learning_rate": 1e-2}
+    heads = [
+        restricted_universal_head(
+            hard_toy.data, hard_toy.zoo, hard_preset(suites__accuracy={"restricted_universal": recipe | changes})
+        )
+        for changes in ({}, {"label_smoothing": 0.3}, {"feature_dropout": 0.3})
+    ]
+    assert not torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_regularised_baselines_differ_from_the_plain_ones_by_the_regularisers_alone(toy: Toy) -> None:
+    preset = toy_preset(suites__accuracy={"label_smoothing": 0.1, "feature_dropout": 0.2})
+    run = cast(SuiteRun, SimpleNamespace(preset=preset))
+    recipe = preset.zoo.universal
+    assert _regularised(run, recipe) == HeadRecipe(
+        **recipe.model_dump() | {"label_smoothing": 0.1, "feature_dropout": 0.2}
+    )
 
 
 def test_weight_error_by_hand(toy: Toy) -> None:

@@ -138,22 +138,69 @@ def test_checkpoint_moves_with_its_text_table(toy: Toy, tmp_path: Path) -> None:
     assert Generator.load(moved).text_encoder.encode(["a apple"]).shape == (1, toy.data.embeddings.shape[1])
 
 
-def test_an_untrained_denoiser_generates_the_mean_head(toy: Toy, tmp_path: Path) -> None:
-    make_fit(toy, tmp_path / "s.pt").write_checkpoint(tmp_path / "checkpoint")
-    head = Generator.load(tmp_path / "checkpoint").generate(["apple", "bus"])
-    torch.testing.assert_close(toy.preset.head.flatten(head.tensors), toy.zoo.weights.mean(0), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("tokens", ["unit", "chunk"])
+@pytest.mark.parametrize("scaling", ["standardise", "min_max"])
+def test_an_untrained_denoiser_generates_the_mean_head(toy: Toy, tmp_path: Path, scaling: str, tokens: str) -> None:
+    fit = make_fit(toy, tmp_path / "s.pt", scaling=scaling, denoiser__tokens=tokens)
+    fit.write_checkpoint(tmp_path / "checkpoint")
+    generator = Generator.load(tmp_path / "checkpoint")
+    for sampler, steps in (("mean", 1), ("ddim", 3)):
+        head = generator.generate(["apple", "bus"], sampler=sampler, steps=steps)
+        torch.testing.assert_close(toy.preset.head.flatten(head.tensors), toy.zoo.weights.mean(0), atol=1e-5, rtol=1e-5)
 
 
-def test_broken_numbers_stop_the_fit_and_keep_the_last_sound_state(toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"denoiser__unit_identity": False},
+        {"denoiser__tokens": "chunk", "fit__permute_units": True},
+        {"denoiser__tokens": "chunk", "fit__symmetry_weight": 0.1},
+    ],
+    ids=["exact", "implicit", "explicit"],
+)
+def test_a_network_without_an_order_of_units_starts_without_one(
+    toy: Toy, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    fit = make_fit(toy, tmp_path / "s.pt", scaling="min_max", **changes)
+    assert fit.denoiser.start is not None
+    spec = toy.preset.head
+    restored, mean = (spec.unflatten(flat) for flat in (fit.space.restore(fit.denoiser.start), toy.zoo.weights.mean(0)))
+    for name, dim in (("linear1.weight", 0), ("linear1.bias", 0), ("linear2.weight", 1)):
+        over_units = mean[name].mean(dim, keepdim=True).expand_as(mean[name])
+        torch.testing.assert_close(restored[name], over_units, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(restored["linear2.bias"], mean["linear2.bias"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"scaling": "min_max", "prediction": "v"}], ids=["standardised", "v"])
+def test_nothing_is_added_where_the_outputs_mean_is_zero(toy: Toy, tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert make_fit(toy, tmp_path / "s.pt", **changes).denoiser.start is None
+
+
+def test_a_state_goes_on_from_where_its_network_started(toy: Toy, tmp_path: Path) -> None:
+    fit = make_fit(toy, tmp_path / "state.pt", scaling="min_max")
+    fit.save()
+    again = make_fit(toy, tmp_path / "state.pt", scaling="min_max")
+    assert again.resume()
+    assert again.denoiser.start is not None
+    # A network that has learnt from zero goes on from there.
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["starts"]
+    torch.save(state, tmp_path / "state.pt")
+    old = make_fit(toy, tmp_path / "state.pt", scaling="min_max")
+    assert old.resume()
+    assert old.denoiser.start is None
+    assert old.average.start is None
+
+
+def test_broken_numbers_stop_the_fit_before_they_are_saved(toy: Toy, tmp_path: Path) -> None:
+    """The first step's losses are sound, what it makes of the weights is not."""
     changes = {"fit__save_every": 1, "fit__steps": 40, "fit__learning_rate": 1e18, "fit__warmup": 0.0}
     fit = make_fit(toy, tmp_path / "state.pt", **changes)
-    with pytest.raises(TrainingDataError, match=r"is not finite at step (\d+): lower fit.learning_rate"):
+    with pytest.raises(
+        TrainingDataError, match=r"is not finite at step 1: lower fit.learning_rate; no state was saved$"
+    ):
         fit.run()
-    assert fit.state.step > 1
-    again = make_fit(toy, tmp_path / "state.pt", **changes)
-    assert again.resume()
-    assert again.state.step == fit.state.step - 1
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in again.denoiser.state_dict().values())
+    assert not (tmp_path / "state.pt").exists()
 
 
 def test_a_broken_gradient_stops_the_fit(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +216,78 @@ def test_a_broken_gradient_stops_the_fit(toy: Toy, tmp_path: Path, monkeypatch: 
         return losses
 
     monkeypatch.setattr(fit, "_compute_losses", breaking)
-    with pytest.raises(TrainingDataError, match="gradient norm is not finite at step 3"):
+    with pytest.raises(
+        TrainingDataError, match=r"^gradient norm is not finite at step 3: .*; the state of step 2 is kept in"
+    ):
         fit.run()
     again = make_fit(toy, tmp_path / "state.pt", fit__save_every=1)
     assert again.resume()
     assert again.state.step == 2
+
+
+def explode_after(fit: Fit, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a step leave weights that are finite and far off."""
+    make_step = fit._step
+
+    def exploding(done: float) -> dict[str, torch.Tensor]:
+        losses = make_step(done)
+        if fit.state.step + 1 == step:
+            with torch.no_grad():
+                fit.denoiser.get_parameter("weights.unit_out.bias").add_(30.0)
+        return losses
+
+    monkeypatch.setattr(fit, "_step", exploding)
+
+
+@pytest.mark.parametrize(
+    ("save_every", "found", "kept"),
+    [
+        (1, 6, "the state of step 5 is kept in .*state.pt"),
+        (4, 7, "the state of step 4 is kept"),
+        (9, 7, "no state was"),
+    ],
+    ids=["before it is saved", "between saves", "before the first save"],
+)
+def test_exploding_losses_stop_the_fit_and_keep_the_last_good_state(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int, found: int, kept: str
+) -> None:
+    """Step 6 leaves weights that explode: its own losses are sound."""
+    fit = make_fit(toy, tmp_path / "state.pt", fit__save_every=save_every)
+    explode_after(fit, 6, monkeypatch)
+    message = rf"^the loss exploded from a median of \S+ to \S+ at step {found}: lower fit.learning_rate; {kept}"
+    with pytest.raises(TrainingDataError, match=message):
+        fit.run()
+    if save_every == 9:
+        assert not (tmp_path / "state.pt").exists()
+        return
+    again = make_fit(toy, tmp_path / "state.pt", fit__save_every=save_every)
+    assert again.resume()
+    assert again.state.step == (5 if save_every == 1 else 4)
+    again.run()
+    assert again.state.step == 12
+
+
+def test_a_resumed_fit_remembers_the_losses_before(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_fit(toy, tmp_path / "state.pt").run(minutes=1e-6)
+    fit = make_fit(toy, tmp_path / "state.pt")
+    assert fit.resume()
+    explode_after(fit, fit.state.step + 1, monkeypatch)
+    with pytest.raises(TrainingDataError, match=r"exploded .* the state of step 1 is kept"):
+        fit.run()
+    # A state from before losses were kept in it.
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["losses"]
+    torch.save(state, tmp_path / "state.pt")
+    old = make_fit(toy, tmp_path / "state.pt")
+    assert old.resume()
+    old.run()
+
+
+def test_a_learning_rate_that_is_far_too_high_stops_the_fit(toy: Toy, tmp_path: Path) -> None:
+    """The numbers stay finite: without the watch it would run to its end."""
+    fit = make_fit(toy, tmp_path / "state.pt", fit__learning_rate=3.0, fit__steps=60)
+    with pytest.raises(TrainingDataError, match="the loss exploded"):
+        fit.run()
 
 
 def test_a_state_of_another_preset_or_other_data_is_refused(toy: Toy, tmp_path: Path) -> None:
@@ -264,8 +378,36 @@ def test_the_fit_never_trains_on_an_unseen_task(toy: Toy, tmp_path: Path, monkey
 
     monkeypatch.setattr(fit_module, "make_task_batch", watch)
     make_fit(toy, tmp_path / "s.pt").run()
-    assert len(met) == 12 * 16
+    assert len(met) == (12 + 4) * 16  # the steps, and what is looked at before each saved state
     assert not unseen & set(met)
+
+
+def test_the_average_by_hand(toy: Toy, tmp_path: Path) -> None:
+    """After s steps the decay is (1 + s) / (10 + s), until that passes the preset's."""
+    fit = make_fit(toy, tmp_path / "s.pt", fit__ema_decay=0.9)
+    kept, live = (dict(network.named_parameters()) for network in (fit.average, fit.denoiser))
+    expected = 0.0
+    with torch.no_grad():
+        for parameter in kept.values():
+            parameter.zero_()
+        for step, value, decay in ((2, 1.0, 3 / 12), (8, -2.0, 9 / 18), (1000, 5.0, 0.9)):
+            for parameter in live.values():
+                parameter.fill_(value)
+            fit.state.step = step
+            fit._update_average()
+            expected = decay * expected + (1 - decay) * value
+            for name, parameter in kept.items():
+                torch.testing.assert_close(parameter, torch.full_like(parameter, expected), msg=name)
+    assert expected == pytest.approx(0.9 * (0.5 * 0.75 - 1) + 0.5)
+
+
+def test_without_averaging_the_last_weights_are_kept(toy: Toy, tmp_path: Path) -> None:
+    fit = make_fit(toy, tmp_path / "s.pt", fit__ema_decay=0.0)
+    fit.run()
+    assert_same_weights(fit.average, fit.denoiser)
+    averaged = make_fit(toy, tmp_path / "t.pt")
+    averaged.run()
+    assert not torch.equal(averaged.average.count_in.weight, averaged.denoiser.count_in.weight)
 
 
 def test_learning_rate_rises_then_falls_to_zero() -> None:

@@ -14,6 +14,7 @@ from tests.training.test_fit import assert_same_weights, make_fit
 from text2weight.checkpoint import read_config
 from text2weight.condition import Condition
 from text2weight.generator import Generator
+from text2weight.samplers import make_plan
 from text2weight.weight_tokens import permute_units
 from text2weight_training.fit import Fit, StepDraws
 from text2weight_training.symmetry import equivariance_error
@@ -39,6 +40,7 @@ VARIANTS = [
     pytest.param({"fit__adversarial_weight": 0.01}, {"adversarial", "discriminator"}, id="adversarial"),
     pytest.param(DROPOUT, set(), id="dropout"),
     pytest.param(READS, set(), id="given heads"),
+    pytest.param({"fit__diffusion_weight": 0.0}, set(), id="task loss alone"),
     pytest.param({"denoiser__pooled": False}, set(), id="class tokens only"),
     pytest.param({"denoiser__class_tokens": False}, set(), id="pooled only"),
     pytest.param({"scaling": "min_max"}, set(), id="min-max"),
@@ -240,20 +242,46 @@ def test_a_fit_with_dropout_makes_a_checkpoint_that_can_be_guided(toy: Toy, tmp_
 def test_the_adversary_alternates_with_the_denoiser(toy: Toy, tmp_path: Path) -> None:
     fit = make_fit(toy, tmp_path / "s.pt", fit__adversarial_weight=0.5)
     assert fit.adversary is not None
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
     loss = fit.adversary.loss
 
-    def watch(real: Tensor, fakes: Tensor) -> Tensor:
-        seen.append((len(real), len(fakes)))
-        return loss(real, fakes)
+    def watch(real: Tensor, fakes: Tensor, samples: Tensor) -> Tensor:
+        seen.append((len(real), len(fakes), len(samples)))
+        assert fakes.requires_grad
+        assert not samples.requires_grad
+        return loss(real, fakes, samples)
 
     fit.adversary.loss = watch  # type: ignore[method-assign]
     before = [parameter.clone() for parameter in fit.adversary.discriminator.parameters()]
     fit._step(0.5)
-    # 8 zoo heads against 8 one-shot estimates of them, 8 samples of two calls and 8 of one.
-    assert seen == [(8, 24)]
+    # 8 zoo heads against 8 one-shot estimates of them, 8 of pure noise and 8 of those renoised; 4 samples.
+    assert seen == [(8, 24, 4)]
     after = list(fit.adversary.discriminator.parameters())
     assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("default", "calls"), [(("mean", 1), 1), (("ddim", 3), 3), (("ddpm", 20), 4)])
+def test_the_discriminator_meets_the_presets_own_sampler(
+    toy: Toy, tmp_path: Path, default: tuple[str, int], calls: int
+) -> None:
+    sampler, steps = default
+    fit = make_fit(
+        toy,
+        tmp_path / "s.pt",
+        sampler=sampler,
+        steps=steps,
+        evaluation__samplers=[default],
+        fit__adversarial_weight=0.5,
+        fit__zoo_batch=2,  # fewer than samples: conditions are used twice
+    )
+    assert fit._plan == make_plan(sampler, calls, fit.preset.schedule)
+    noise = draw(fit).sampler
+    assert noise is not None
+    assert noise.shape == (calls, 4, toy.preset.head.num_parameters)
+    assert fit.adversary is not None
+    fit._step(0.5)
+    assert fit.adversary._round is not None
+    assert len(fit.adversary._round[1]) == 2 + 8 + 8 + 4
 
 
 def test_a_winning_discriminator_does_not_stop_the_fit(toy: Toy, tmp_path: Path) -> None:

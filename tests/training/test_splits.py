@@ -14,14 +14,23 @@ import torch
 from tests.training.conftest import Toy
 from tests.training.toy import hard_preset, toy_preset
 from text2weight.checkpoint import read_config
+from text2weight.weight_space import WeightSpace
 from text2weight_training import fit as fit_module
+from text2weight_training.baselines import (
+    neighbour_average_heads,
+    pooled_text,
+    restricted_universal_head,
+    ridge_heads,
+)
 from text2weight_training.evaluate import evaluate
 from text2weight_training.files import TrainingDataError
 from text2weight_training.fit import Fit
+from text2weight_training.hypernetwork import train_hypernetwork
 from text2weight_training.presets import ZooSettings
 from text2weight_training.splits import choose_held_out, draw_fresh_tasks, draw_split, training_center
 from text2weight_training.tasks import PADDING, HeldOut, TaskData, TaskSplit, draw_tasks
-from text2weight_training.zoo import build_zoo, load_zoo
+from text2weight_training.teacher import TeacherSettings, train_teacher
+from text2weight_training.zoo import build_zoo, load_zoo, universal_head
 
 
 def settings(**changes: Any) -> ZooSettings:
@@ -214,6 +223,38 @@ def test_held_out_classes_leak_into_no_training(hard_toy: Toy, tmp_path: Path) -
     assert not torch.equal(build_zoo(swapped, preset, tmp_path / "swapped").universal, zoo.universal)
 
 
+def baselines(toy: Toy, data: TaskData) -> dict[str, torch.Tensor]:
+    """Everything else that is trained on the data or the zoo, on tasks and training features that are not held out."""
+    zoo, preset = toy.zoo, toy.preset
+    split, tasks = zoo.split, list(zoo.split.unseen)
+    center = training_center(data.condition_embeddings, split)
+    recipe = preset.zoo.universal.model_copy(update={"label_smoothing": 0.1, "feature_dropout": 0.1})
+    space = WeightSpace.fit(preset.head, zoo.universal, zoo.weights)
+    hypernetwork = train_hypernetwork(data, zoo, space, 3000, preset.suites.accuracy.hypernetwork, 0)
+    described, asked = (pooled_text(data, of, center) for of in (split.seen, tasks))
+    answers = train_teacher(data, split, TeacherSettings(width=16, epochs=2, batch_size=64), 0)
+    rows = [slice(int(data.train.starts[label]), int(data.train.starts[label + 1])) for label in range(12)]
+    return {
+        "universal, trained on tasks": restricted_universal_head(data, zoo, preset),
+        "universal, regularised": universal_head(data, split, preset, recipe, lambda: None),
+        "hypernetwork": hypernetwork(tasks),
+        "ridge": ridge_heads(described, zoo, asked),
+        "neighbours": neighbour_average_heads(data, zoo, tasks, preset.head)[0],
+        "teacher": torch.cat([answers[rows[label]] for label in split.held_out.training_classes(12)]),
+    }
+
+
+def test_held_out_classes_leak_into_no_baseline(hard_toy: Toy) -> None:
+    split = hard_toy.zoo.split
+    expected = baselines(hard_toy, hard_toy.data)
+    for name, result in baselines(hard_toy, with_garbage(hard_toy.data, split.held_out.classes)).items():
+        assert torch.equal(result, expected[name]), name
+    # Garbage in the training classes is seen by all of them.
+    swapped = baselines(hard_toy, with_garbage(hard_toy.data, split.held_out.training_classes(12)))
+    for name, result in swapped.items():
+        assert not torch.equal(result, expected[name]), name
+
+
 def test_the_fit_never_trains_on_what_is_held_out(
     hard_toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +268,7 @@ def test_the_fit_never_trains_on_what_is_held_out(
     monkeypatch.setattr(fit_module, "make_task_batch", watch)
     Fit(hard_toy.data, hard_toy.zoo, hard_toy.preset, tmp_path / "s.pt", "cpu").run()
     split = hard_toy.zoo.split
-    assert len(met) == 12 * 16
+    assert len(met) == (12 + 4) * 16  # the steps, and what is looked at before each saved state
     assert all(split.allows(task) for task in met)
 
 

@@ -16,10 +16,11 @@ from text2weight_training.stacked import (
     cosine_decay,
     heads_accuracy,
     initial_head,
+    sampled_loss,
     stacked_logits,
     train_stack,
 )
-from text2weight_training.tasks import PADDING, ClassFeatures
+from text2weight_training.tasks import PADDING, ClassFeatures, pad_tasks, task_embeddings
 
 RECIPE = HeadRecipe(steps=12, batch_size=16, learning_rate=1e-2, weight_decay=0.5)
 TASKS = [(0, 1, 2), (3, 4, 5, 6, 7), (8, 9), (0, 4, 8, 10)]
@@ -101,6 +102,38 @@ def test_training_learns_the_task_and_repeats_itself(toy: Toy) -> None:
         )
         assert learnt > 0.85
         assert learnt > untrained
+
+
+def test_the_sampled_loss_smooths_and_drops_as_its_recipe_says(toy: Toy) -> None:
+    """Against torch's smoothed cross-entropy of each task, on the same draws with the same numbers dropped."""
+    spec, labels = toy.preset.head, pad_tasks(TASKS)
+    heads = torch.stack([initial_head(spec, seed) for seed in range(len(TASKS))])
+    recipe = HeadRecipe(steps=1, batch_size=100, label_smoothing=0.2, feature_dropout=0.5)
+
+    def loss(settings: HeadRecipe) -> float:
+        text = task_embeddings(toy.data.embeddings, labels)
+        source = torch.Generator().manual_seed(7)
+        return float(sampled_loss(spec, heads, labels, text, toy.data.train, 10.0, settings, source))
+
+    source = torch.Generator().manual_seed(7)
+    features, targets = toy.data.train.sample(labels, 100, source)
+    # Dropout masks are drawn after the samples, one for each 64 of a task.
+    masks = [torch.rand(len(TASKS), 1, 16, generator=source) >= 0.5 for _ in range(2)]
+    kept = torch.cat([masks[0].expand(-1, 64, -1), masks[1].expand(-1, 36, -1)], dim=1)
+    for settings, shown in (
+        (recipe, features.float() * kept * 2),
+        (recipe.model_copy(update={"feature_dropout": 0.0}), features.float()),
+        (recipe.model_copy(update={"label_smoothing": 0.0}), features.float() * kept * 2),
+    ):
+        expected = [
+            F.cross_entropy(
+                class_logits(apply_heads(spec, head[None], rows), toy.data.embeddings[list(task)], 10.0)[0],
+                target,
+                label_smoothing=settings.label_smoothing,
+            )
+            for head, rows, target, task in zip(heads, shown, targets, TASKS, strict=True)
+        ]
+        assert loss(settings) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
 
 
 def test_divergence_is_reported(toy: Toy) -> None:

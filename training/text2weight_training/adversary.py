@@ -8,11 +8,12 @@ The T2W paper's adversarial term (arXiv 2508.13633) in the non-saturating form o
 
 Both grow no faster than the logits, and the second keeps its slope when the discriminator wins.
 
-Letters: B items, P numbers in one head.
+Letters: B items, P numbers in one head, k denoiser calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from text2weight.condition import Condition
+from text2weight.diffusion import NoiseSchedule, Prediction
+from text2weight.samplers import Step, take_steps
+
 HIDDEN_SIZES = (512, 256, 128)
+# Samples of each step that only the discriminator sees, and the denoiser calls made for each, without gradients: half a
+# forward pass of 32 heads.
+SAMPLES = 4
+SAMPLER_CALLS = 4
 
 
 class Discriminator(nn.Module):
@@ -51,6 +60,38 @@ def adversarial_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
+@torch.no_grad()
+def sample_heads(
+    denoiser: nn.Module,
+    plan: Sequence[Step],
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    noise: Tensor,
+    condition: Condition,
+) -> Tensor:
+    """Run a sampler from pure noise to its end, as generation does.
+
+    Args:
+        denoiser: the network.
+        plan: k steps, the first from N.
+        schedule: the noise schedule.
+        prediction: what the network outputs.
+        noise: (k, B, P) standard normal: the start, and what the k - 1 steps before the last may add.
+        condition: B items.
+
+    Returns:
+        (B, P) samples.
+    """
+    noisy, previous = noise[0], torch.zeros_like(noise[0])  # (B, P)
+    count = len(noisy)
+    # At its last step a plan adds no noise.
+    for step, draw in zip(plan, [*noise[1:], previous], strict=True):
+        timesteps = torch.full((count,), step.timestep, device=noisy.device)
+        _, clean = schedule.run_denoiser(denoiser, prediction, noisy, timesteps, condition)  # (B, P)
+        noisy, previous = take_steps([step] * count, noisy, clean, previous, draw), clean
+    return noisy
+
+
 class Adversary:
     """The discriminator's half of the game: its network, its optimiser and its turns."""
 
@@ -73,15 +114,16 @@ class Adversary:
         self._model, self._optimizer = accelerator.prepare(self.discriminator, optimizer)
         self._round: tuple[Tensor, Tensor] | None = None
 
-    def loss(self, real: Tensor, fakes: Tensor) -> Tensor:
+    def loss(self, real: Tensor, fakes: Tensor, samples: Tensor) -> Tensor:
         """L_adv, the denoiser's turn; leaves no gradient on the discriminator.
 
         Args:
             real: (B, P) trained heads in the sampler's space, kept for the discriminator's turn.
             fakes: (B', P) the denoiser's; likewise.
+            samples: (B'', P) the sampler's, through which no gradient runs; for the discriminator's turn alone.
         """
         fakes = fakes.clamp(-self._limit, self._limit)  # (B', P)
-        self._round = real, fakes.detach()
+        self._round = real, torch.cat([fakes.detach(), samples.clamp(-self._limit, self._limit)])
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         logits = torch.func.functional_call(self.discriminator, fixed, (fakes,))  # (B',)
         return adversarial_loss(logits)

@@ -29,13 +29,16 @@ from torch import Tensor, nn
 from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
 from text2weight.denoiser import Denoiser
 from text2weight.generator import BUNDLED_CONDITION_TEXT, BUNDLED_TEXT_ENCODER, created_by
+from text2weight.samplers import make_plan
 from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
-from text2weight_training.adversary import Adversary
+from text2weight_training.adversary import SAMPLER_CALLS, SAMPLES, Adversary, sample_heads
 from text2weight_training.class_mixing import draw_class_mixing
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.given import GivenDraws, draw_given, partly_trained
+from text2weight_training.loss_watch import LossWatch
 from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
+from text2weight_training.output_start import output_start
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center, training_class_names
 from text2weight_training.stacked import cosine_decay
@@ -65,6 +68,7 @@ class StepDraws:
         timesteps: (B,) in 1..N.
         orders: (z, h) permutations for the equivariance loss, if it is on.
         given: of the heads to improve, if any are given.
+        sampler: (k, s, P) noise of the sampler's runs for the discriminator, if there is one.
     """
 
     batch: TaskBatch
@@ -74,6 +78,7 @@ class StepDraws:
     timesteps: Tensor
     orders: Tensor | None
     given: GivenDraws | None
+    sampler: Tensor | None
 
 
 class Fit:
@@ -96,6 +101,8 @@ class Fit:
         self.preset = preset
         self.state = FitState()
         self._state_file = state_file
+        self._saved_step: int | None = None
+        self._watch = LossWatch()
         self._accelerator = Accelerator(mixed_precision="bf16", cpu=device == "cpu")
         target = self._accelerator.device
         self.space = WeightSpace.fit(preset.head, zoo.universal, zoo.weights, preset.scaling)
@@ -108,8 +115,9 @@ class Fit:
         self._starts = self.space.standardise(torch.stack([zoo.universal, zoo.base])).to(target)  # (2, P)
         torch.manual_seed(preset.seed)
         center = training_center(data.condition_embeddings, zoo.split)  # (D,)
-        self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, center)
-        self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, center).to(target)
+        start = output_start(preset, self.space, zoo.weights)
+        self.denoiser = Denoiser(preset.head, preset.denoiser, self.space.anchor, center, start)
+        self.average = Denoiser(preset.head, preset.denoiser, self.space.anchor, center, start).to(target)
         self.average.load_state_dict(self.denoiser.state_dict())
         optimizer = torch.optim.AdamW(
             _decay_groups(self.denoiser, preset.fit.weight_decay), lr=preset.fit.learning_rate, betas=(0.9, 0.98)
@@ -129,6 +137,7 @@ class Fit:
         if preset.fit.adversarial_weight:
             size, limit = self._zoo_clean.shape[1], float(self._zoo_clean.abs().max())
             self.adversary = Adversary(size, limit, preset.fit.discriminator_learning_rate, self._accelerator)
+            self._plan = make_plan(preset.sampler, min(preset.steps, SAMPLER_CALLS), preset.schedule)
 
     def run(self, minutes: float | None = None) -> None:
         """Train to the end: the preset's number of steps, or a time limit.
@@ -137,7 +146,8 @@ class Fit:
             minutes: wall time of all runs of this fit together; replaces the preset's step count.
 
         Raises:
-            TrainingDataError: the loss is no longer finite; the last saved state is kept.
+            TrainingDataError: a loss or the gradient is no longer finite, or the loss exploded; the last saved state,
+                which is from before that, is kept.
         """
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, disable=not self._accelerator.is_main_process) as progress:
@@ -147,13 +157,14 @@ class Fit:
                 losses = self._step(done)
                 self.state.step += 1
                 self.state.seconds += time.monotonic() - started
-                self._check(losses)
+                self._watch.add(self._check(losses))
                 if self.state.step % self.preset.fit.save_every == 0:
                     self.save()
                     if self._accelerator.is_main_process:
                         progress.console.print(self._describe(losses), soft_wrap=True)
                 progress.update(bar, completed=done, description=f"fit step {self.state.step}")
-        self.save()
+        if self._saved_step != self.state.step:
+            self.save()
 
     def _ask_teacher(self, split: TaskSplit) -> Tensor | None:
         """A teacher's logits for all training features (N, C), where the preset has one; trained on first use."""
@@ -182,22 +193,25 @@ class Fit:
         values = "  ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
         return f"step {self.state.step}  {self.state.seconds:.0f} s  {values}"
 
-    def _check(self, losses: dict[str, Tensor]) -> None:
-        broken = [name for name, value in losses.items() if not math.isfinite(float(value))]
-        if broken:
-            raise TrainingDataError(
-                f"{broken[0]} is not finite at step {self.state.step}: lower fit.learning_rate; "
-                f"the last saved state is kept in {self._state_file}"
-            )
+    def _check(self, losses: dict[str, Tensor]) -> float:
+        """The loss to watch, once it and all the others are found sound."""
+        # The adversary's part is left out: its size is up to the discriminator, and grows where that wins.
+        watched = self._denoiser_total(losses).detach()
+        loss = float(self._accelerator.reduce(watched, "mean"))  # the same for all processes: they stop together
+        broken = [f"{name} is not finite" for name, value in losses.items() if not math.isfinite(float(value))]
+        complaint = broken[0] if broken else self._watch.complaint(loss)
+        if complaint:
+            saved = self._saved_step
+            kept = "no state was saved" if saved is None else f"the state of step {saved} is kept in {self._state_file}"
+            raise TrainingDataError(f"{complaint} at step {self.state.step}: lower fit.learning_rate; {kept}")
+        return loss
 
     def _step(self, done: float) -> dict[str, Tensor]:
         settings = self.preset.fit
         factor = learning_rate_factor(done, settings.warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
-        # One generator per step and process: a resumed run draws what an undisturbed one would.
-        seed = (self.preset.seed * 1_000_003 + self.state.step) * 4096 + self._accelerator.process_index
-        losses = self._compute_losses(torch.Generator().manual_seed(seed))
+        losses = self._compute_losses(self._next_draws())
         total = self._total(losses)
         self._optimizer.zero_grad(set_to_none=True)
         self._accelerator.backward(total)
@@ -210,8 +224,20 @@ class Fit:
             losses["discriminator"] = self.adversary.step(factor, settings.gradient_clip)
         return {name: value.detach() for name, value in losses.items()}
 
+    def _next_draws(self) -> torch.Generator:
+        """One generator per step and process: a resumed run draws what an undisturbed one would."""
+        seed = (self.preset.seed * 1_000_003 + self.state.step) * 4096 + self._accelerator.process_index
+        return torch.Generator().manual_seed(seed)
+
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses that are on."""
+        total = self._denoiser_total(losses)
+        if weight := self.preset.fit.adversarial_weight:
+            total = total + weight * losses["adversarial"]
+        return total
+
+    def _denoiser_total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The same without the adversarial loss."""
         settings = self.preset.fit
         total = settings.diffusion_weight * losses["diffusion"]
         if settings.task_weight:
@@ -219,8 +245,6 @@ class Fit:
             total = total + settings.task_weight * sum(task[1:], task[0])
         if settings.symmetry_weight:
             total = total + settings.symmetry_weight * losses["symmetry"]
-        if settings.adversarial_weight:
-            total = total + settings.adversarial_weight * losses["adversarial"]
         return total
 
     def _draw(self, generator: torch.Generator) -> StepDraws:
@@ -267,7 +291,10 @@ class Fit:
         if settings.given_share:
             starts, size = self._starts.shape
             given = draw_given(len(clean), size, starts, settings.given_share, generator).to(device)
-        return StepDraws(batch, clean, start, noise, steps.to(device), orders, given)
+        sampler = None
+        if self.adversary is not None:
+            sampler = torch.randn(len(self._plan), SAMPLES, clean.shape[1], generator=generator).to(device)  # (k, s, P)
+        return StepDraws(batch, clean, start, noise, steps.to(device), orders, given, sampler)
 
     def _compute_losses(self, generator: torch.Generator) -> dict[str, Tensor]:
         settings, schedule = self.preset.fit, self.preset.schedule
@@ -295,10 +322,14 @@ class Fit:
             losses["later calls"] = self._losses.task(denoised.estimate, batch)
         if draws.orders is not None:
             losses["symmetry"] = self._losses.symmetry(self._model, denoised, draws.orders)
-        if self.adversary is not None:
-            # One-shot estimates from noised zoo heads, and samples of one and of two denoiser calls.
+        if self.adversary is not None and draws.sampler is not None:
+            # One-shot estimates of noised zoo heads and, of fresh items, of pure noise and of the renoised first ones.
             fakes = torch.cat([denoised.estimate, first])  # (B + b, P)
-            losses["adversarial"] = self.adversary.loss(draws.clean, fakes)
+            items = batch.condition.select(torch.arange(SAMPLES, device=clean.device) % len(draws.clean))
+            samples = sample_heads(
+                self._model, self._plan, schedule, self.preset.prediction, draws.sampler, items
+            )  # (s, P)
+            losses["adversarial"] = self.adversary.loss(draws.clean, fakes, samples)
         return losses
 
     @torch.no_grad()
@@ -311,17 +342,28 @@ class Fit:
     def save(self) -> None:
         """Write the state, whole or not at all.
 
+        The step's losses were those of the weights before it: what the step made of them is judged by the losses that
+        the next step will begin with.
+
         Raises:
-            OSError: it cannot be written, as on a full disk; the last state stays.
+            TrainingDataError: those losses are not sound, see `run`; the last state stays.
+            OSError: it cannot be written, as on a full disk; likewise.
         """
-        if not self._accelerator.is_main_process:
-            return
+        with torch.no_grad():
+            self._check(self._compute_losses(self._next_draws()))
+        if self._accelerator.is_main_process:
+            self._write_state()
+        self._saved_step = self.state.step
+
+    def _write_state(self) -> None:
         state: dict[str, Any] = {
             "preset": self.preset.run_description(),
             "data": self._data.fingerprint,
             "condition_text": self._data.condition_fingerprint,
             "step": self.state.step,
             "seconds": self.state.seconds,
+            "losses": self._watch.losses,
+            "starts": self.denoiser.start is not None,
             "denoiser": self.denoiser.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -358,9 +400,14 @@ class Fit:
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if not state.get("starts", False):  # the network has learnt with nothing added to its output
+            self.denoiser.start = self.average.start = None
         if self.adversary is not None:
             self.adversary.load_state_dict(state["adversary"])
         self.state = FitState(state["step"], state["seconds"])
+        self._saved_step = self.state.step
+        # States that are older than the watch lack its losses: it begins anew.
+        self._watch = LossWatch(state.get("losses", ()))
         return True
 
     def write_checkpoint(self, out: Path, backbone: Path | None = None) -> None:
