@@ -39,7 +39,7 @@ def begun(live: Live, path: bytes, announced: int) -> Iterator[socket.socket]:
 @pytest.mark.parametrize("path", ["/enhance", "/fuse"])
 @pytest.mark.parametrize(
     ("queue_size", "announced", "most"),
-    [(256, MAX_UPLOAD_BYTES, LARGEST_AT_ONCE), (2, 1000, 2)],
+    [(256, MAX_UPLOAD_BYTES, LARGEST_AT_ONCE), (16, 1000, 16)],
     ids=["bytes", "number"],
 )
 def test_uploads_under_way_are_bounded(model: FakeModel, path: str, queue_size: int, announced: int, most: int) -> None:
@@ -68,7 +68,7 @@ def test_merges_keep_their_deadline_and_their_number(model: FakeModel, monkeypat
         return heads.mean(0)
 
     monkeypatch.setattr(fuse_routes, "merge", merge)
-    with serve(lambda _: model, queue_size=2) as live, ThreadPoolExecutor(2) as pool:
+    with serve(lambda _: model, queue_size=16) as live, ThreadPoolExecutor(16) as pool:
         try:
             assert_problem(post(live.client, "/fuse", {**MERGE, "deadline_ms": 300}, HEAD, HEAD), 504, "deadline")
 
@@ -77,9 +77,9 @@ def test_merges_keep_their_deadline_and_their_number(model: FakeModel, monkeypat
                     time.sleep(0.01)  # a probe from below was there first
                 return status
 
-            held = [pool.submit(merged) for _ in range(2)]
+            held = [pool.submit(merged) for _ in range(16)]
             soon = {**MERGE, "deadline_ms": 300}
             wait_for(lambda: post(live.client, "/fuse", soon, HEAD, HEAD).status_code == 429, "a full house")
         finally:
             go_on.set()
-        assert [one.result(20) for one in held] == [200, 200]
+        assert [one.result(20) for one in held] == [200] * 16
