@@ -121,9 +121,9 @@ async def answer_with_heads(
         metadata["warnings"] = json.dumps(warnings, ensure_ascii=False)
     reusable = jobs[0].reusable
     if reusable and "if-none-match" in request.headers:
-        tag = entity_tag(plan_work(engine.model, jobs[0]).key, len(jobs), precision, metadata)
-        if client_has(request, tag):
-            return Response(status_code=304, headers=cache_headers(tag))
+        asked = entity_tag(plan_work(engine.model, jobs[0]).key, len(jobs), precision, metadata)
+        if client_has(request, asked):
+            return Response(status_code=304, headers=cache_headers(asked))
     results = await while_connected(request, [engine.generate(job) for job in jobs])
     tag = entity_tag(results[0].key, len(jobs), precision, metadata) if reusable else None
     stages = _longest_stages(results)
