@@ -137,9 +137,9 @@ class CountingTransport(httpx.AsyncHTTPTransport):
         return await super().handle_async_request(request)
 
 
-def open_client(url: str, tally: Tally, max_retries: int) -> AsyncClient:
+def open_client(url: str, tally: Tally, max_retries: int, timeout_s: float = CLIENT_TIMEOUT_S) -> AsyncClient:
     """The project's own client, its attempts counted."""
-    return AsyncClient(url, timeout_s=CLIENT_TIMEOUT_S, max_retries=max_retries, transport=CountingTransport(tally))
+    return AsyncClient(url, timeout_s=timeout_s, max_retries=max_retries, transport=CountingTransport(tally))
 
 
 async def send(client: AsyncClient, ask: Ask, tally: Tally, documented: frozenset[int], due: float) -> bool:
