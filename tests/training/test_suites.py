@@ -28,7 +28,9 @@ MEASURED = [name for name in SUITES if name != "gradcam"]
 def test_names_are_chosen_in_the_registrys_order_each_once() -> None:
     assert choose_suites(["fuse", "reading", "fuse"]) == ["reading", "fuse"]
     assert choose_suites(["fuse", "all"]) == list(SUITES)
-    with pytest.raises(TrainingDataError, match=r"no suite 'fus': choose accuracy, reading, .*fuse.*, or all"):
+    with pytest.raises(
+        TrainingDataError, match=r"no suite 'fus': choose accuracy, headline, reading, .*fuse.*, or all"
+    ):
         choose_suites(["fuse", "fus"])
 
 
@@ -160,7 +162,7 @@ def test_bad_input_is_one_line_and_status_2(inputs: list[str], tmp_path: Path) -
         assert result.exit_code == 2
         assert re.search(message, result.stderr), result.stderr
 
-    refused("error: no suite 'speed': choose accuracy, reading, ", "--suite", "speed")
+    refused("error: no suite 'speed': choose accuracy, headline, reading, ", "--suite", "speed")
     refused("error: embedding table .* cannot be read", "--suite", "reading", "--paraphrase", tmp_path / "absent")
     refused("--record keeps the evaluation", "--suite", "reading", "--record")
     refused("--paraphrase belongs to", "--paraphrase", "x")

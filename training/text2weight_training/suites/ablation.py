@@ -23,11 +23,11 @@ from torch import Tensor
 from text2weight.generator import Generator
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
-from text2weight_training.files import TrainingDataError, atomic_path, claim
+from text2weight_training.files import TrainingDataError, claim
 from text2weight_training.fit import Fit
 from text2weight_training.presets import Preset
 from text2weight_training.suites.accuracy import SPLITS
-from text2weight_training.suites.base import SuiteRun, Task, method_name, task_accuracy
+from text2weight_training.suites.base import SuiteRun, Task, method_name, read_kept, task_accuracy, write_kept
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.settings import SamplerSteps, VariantName
 from text2weight_training.suites.tables import markdown_table, percent, points
@@ -131,21 +131,21 @@ def _finish(run: SuiteRun, name: str, variant: Variant, tasks: dict[str, list[Ta
         "methods": [method_name(*pair) for pair in pairs],
         "seed": run.preset.seed,
     }
-    there = _read(folder / "scores.json")
+    there = read_kept(folder / "scores.json")
     if there.get("measured") != measured:
         generator = Generator.load(
             folder / "checkpoint", device=run.generator.device, text_encoder=run.generator.text_encoder
         )
         scores = {split: _score(run, generator, chosen, pairs) for split, chosen in tasks.items()}
         there = {"measured": measured, "scores": scores}
-        _write(folder / "scores.json", there)
+        write_kept(folder / "scores.json", there)
     return FinishedFit(trained["steps"], trained["parameters"], there["scores"])
 
 
 def _train(run: SuiteRun, preset: Preset, folder: Path) -> dict[str, Any]:
     """Fit into `folder`/checkpoint unless that is done; returns steps and parameters."""
     finished, state = folder / "finished.json", folder / "state.pt"
-    there = _read(finished)
+    there = read_kept(finished)
     if there and (folder / "checkpoint").exists():
         return there
     fit = Fit(run.data, run.zoo, preset, state, run.generator.device)
@@ -154,24 +154,10 @@ def _train(run: SuiteRun, preset: Preset, folder: Path) -> dict[str, Any]:
     fit.write_checkpoint(folder / "checkpoint")
     parameters = sum(parameter.numel() for parameter in fit.denoiser.parameters())
     written = {"steps": fit.state.step, "seconds": round(fit.state.seconds, 1), "parameters": parameters}
-    _write(finished, written)
+    write_kept(finished, written)
     # With its averages and its optimiser it is many times as large as the checkpoint.
     state.unlink()
     return written
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's content; empty where it is not there or damaged, for what can be made again."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
 
 
 def _score(run: SuiteRun, generator: Generator, tasks: list[Task], pairs: list[SamplerSteps]) -> dict[str, list[float]]:

@@ -35,8 +35,7 @@ from text2weight_training.feature_classifiers import (
 )
 from text2weight_training.files import TrainingDataError
 from text2weight_training.hypernetwork import train_hypernetwork
-from text2weight_training.stacked import HeadRecipe
-from text2weight_training.suites.base import SuiteRun, train_heads
+from text2weight_training.suites.base import SuiteRun, regularised, train_heads
 from text2weight_training.suites.figures import new_figure, save_figure
 from text2weight_training.suites.tables import markdown_table
 from text2weight_training.tasks import TaskSplit
@@ -122,9 +121,9 @@ def _train_baselines(run: SuiteRun, progress: Progress) -> Trained:
     space = WeightSpace.fit(preset.head, run.zoo.universal, run.zoo.weights)
     bar = progress.add_task("universal head on tasks", total=settings.restricted_universal.steps)
     restricted = restricted_universal_head(run.data, run.zoo, preset, partial(progress.advance, bar))
-    recipe = _regularised(run, preset.zoo.universal)
+    recipe = regularised(preset, preset.zoo.universal)
     bar = progress.add_task("regularised universal head", total=recipe.steps)
-    regularised = universal_head(run.data, run.zoo.split, preset, recipe, partial(progress.advance, bar))
+    smoothed = universal_head(run.data, run.zoo.split, preset, recipe, partial(progress.advance, bar))
     bar = progress.add_task("hypernetwork", total=settings.hypernetwork.steps)
     hypernetwork = train_hypernetwork(
         run.data,
@@ -135,14 +134,7 @@ def _train_baselines(run: SuiteRun, progress: Progress) -> Trained:
         preset.seed,
         partial(progress.advance, bar),
     )
-    return Trained(space, restricted, regularised, hypernetwork)
-
-
-def _regularised(run: SuiteRun, recipe: HeadRecipe) -> HeadRecipe:
-    settings = run.preset.suites.accuracy
-    return recipe.model_copy(
-        update={"label_smoothing": settings.label_smoothing, "feature_dropout": settings.feature_dropout}
-    )
+    return Trained(space, restricted, smoothed, hypernetwork)
 
 
 def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, progress: Progress) -> dict[str, Any]:
@@ -211,7 +203,7 @@ def _oracles(run: SuiteRun, name: str, tasks: Tasks, progress: Progress) -> dict
             seed,
             partial(progress.advance, bar),
         )
-        heads[REGULARISED] = train_heads(run, tasks, _regularised(run, preset.evaluation.oracle), seed)
+        heads[REGULARISED] = train_heads(run, tasks, regularised(preset, preset.evaluation.oracle), seed)
         progress.advance(bar, len(tasks))
         by_seed.append(heads)
     return {start: [heads[start] for heads in by_seed] for start in ORACLES}

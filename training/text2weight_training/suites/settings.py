@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -81,6 +82,32 @@ class AccuracySettings(SuiteSettings):
     restricted_universal: HeadRecipe = HeadRecipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=1.0)
     restricted_tasks: PositiveInt = 16
     hypernetwork: Recipe = Recipe(steps=2000, batch_size=64, learning_rate=1e-3, weight_decay=0.01)
+
+
+class HeadlineSettings(SuiteSettings):
+    """The gap to a tuned oracle on fresh class combinations.
+
+    Attributes:
+        tasks: number of fresh combinations.
+        generation_seeds: heads generated for each of them.
+        samplers: (sampler, steps) pairs, beside the checkpoint's default.
+        tuning_tasks: other fresh combinations, on which the oracle is tuned.
+        learning_rates: of the oracle, among which it is tuned.
+        weight_decays: likewise.
+        steps: likewise.
+        oracle_seeds: trainings of each task by the tuned recipe.
+        regularised_seeds: likewise, by the one with label smoothing and feature dropout.
+    """
+
+    tasks: PositiveInt = 500
+    generation_seeds: PositiveInt = 3
+    samplers: tuple[SamplerSteps, ...] = (("mean", 1), ("ddim", 4), ("ddim", 20))
+    tuning_tasks: PositiveInt = 32
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(5e-4, 1e-3, 2e-3, 4e-3), min_length=1)
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(default=(0.3, 1.0, 2.0, 4.0), min_length=1)
+    steps: tuple[PositiveInt, ...] = Field(default=(300, 600, 1200), min_length=1)
+    oracle_seeds: PositiveInt = 3
+    regularised_seeds: PositiveInt = 1
 
 
 class DenoisingSettings(SuiteSettings):
@@ -315,6 +342,7 @@ class SuitesSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     accuracy: AccuracySettings = AccuracySettings()
+    headline: HeadlineSettings = HeadlineSettings()
     denoising: DenoisingSettings = DenoisingSettings()
     reading: ReadingSettings = ReadingSettings()
     fuse: FuseSettings = FuseSettings()
@@ -328,6 +356,7 @@ class SuitesSettings(BaseModel):
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
         for settings in (
+            self.headline,
             self.denoising,
             self.reading,
             self.fuse,
