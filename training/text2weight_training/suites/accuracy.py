@@ -161,8 +161,13 @@ def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, pro
     scores |= {"chance": np.array([1 / len(task) for task in tasks]), "oracle": oracle.pop("scores")}
     scores["oracle without regularising"] = plain["scores"]
     targets = oracles["universal"][0]  # (M, P)
-    errors = {method: weight_error(trained.space, weights, targets) for method, weights in heads.items()}
-    errors["oracle"] = weight_error(trained.space, targets, targets)
+    errors: dict[str, float | None] = {
+        method: weight_error(trained.space, weights, targets) for method, weights in heads.items()
+    }
+    errors |= {
+        "oracle": _oracle_error(trained.space, oracles, oracle["start"]),
+        "oracle without regularising": _oracle_error(trained.space, oracles, plain["start"]),
+    }
     if len(oracles["universal"]) > 1:
         oracle["weight_error_of_another_seed"] = weight_error(trained.space, oracles["universal"][1], targets)
     return {
@@ -229,13 +234,20 @@ def _best_oracle(scores: dict[str, np.ndarray], seeds: int, oracles: Sequence[st
     }
 
 
+def _oracle_error(space: WeightSpace, oracles: dict[str, list[Tensor]], start: str) -> float | None:
+    """Mean over seeds of the weight error of one of `ORACLES`; none where its heads are those that errors are to."""
+    targets = oracles["universal"][0]  # (M, P)
+    errors = [weight_error(space, heads, targets) for heads in oracles[start] if heads is not targets]
+    return float(np.mean(errors)) if errors else None
+
+
 def _held_out_pairs_per_task(split: TaskSplit, tasks: Tasks) -> float:
     counts = [sum(one in task and other in task for one, other in split.held_out.pairs) for task in map(set, tasks)]
     return float(np.mean(counts))
 
 
 def summarise_split(
-    scores: dict[str, np.ndarray], errors: dict[str, float], resamples: int, seed: int
+    scores: dict[str, np.ndarray], errors: dict[str, float | None], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Means, intervals and shares of the gap between the best universal head and the oracle.
 
@@ -282,7 +294,8 @@ def report(result: dict[str, Any]) -> str:
     parts.append(
         "Gap closed is (method - best universal head) / (oracle - best universal head); both ends count with label "
         "smoothing and feature dropout where these help. Weight error is the mean "
-        "squared difference, in standardised numbers, to a head trained on the task's data from the universal head. "
+        "squared difference, in standardised numbers, to a head trained on the task's data from the universal head, "
+        "without regularisers, the first seed; an oracle's own is the mean over its seeds but for that one. "
         "Intervals are 95 % bootstrap intervals over tasks, paired."
     )
     return "\n\n".join(parts) + "\n"
