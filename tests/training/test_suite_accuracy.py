@@ -33,6 +33,7 @@ HEADS = {
     "universal",
     "universal, trained on tasks",
     "universal, regularised",
+    "universal, trained on tasks, regularised",
     "MLP hypernetwork",
     "generated/mean/1",
     "generated/ddim/3",
@@ -87,6 +88,8 @@ def test_ends_of_the_scales(measured: Measured) -> None:
             assert methods["oracle"]["weight_error"] == entry["oracle"]["weight_error_of_another_seed"]
         assert methods["chance"]["accuracy"] == pytest.approx(np.mean([1 / len(task) for task in tasks]))
         universals = ("universal", "universal, trained on tasks", "universal, regularised")
+        universals += ("universal, trained on tasks, regularised",)
+        assert len({methods[name]["weight_error"] for name in universals}) == 4
         assert entry["universal"] in universals
         others = [methods[name]["accuracy"] for name in universals]
         assert methods[entry["universal"]]["accuracy"] == max(others)
@@ -118,6 +121,7 @@ def test_the_report_needs_nothing_but_the_result(measured: Measured) -> None:
     assert len(tables) == 6 * (len(HEADS | NO_HEADS) + 2)
     assert "| head | seen combinations | unseen combinations | held-out pairs |" in text
     assert "**generated/mean/1**" in text
+    assert "of a grid and by its error on a tenth of the zoo: width " in text
     assert "CLIP zero-shot does not apply: features have 16 numbers, text embeddings 8." in text
     shown = measured.result["splits"]["unseen"]["methods"]["oracle"]["accuracy"]
     assert f"| oracle | {100 * shown:.2f} |" in text
@@ -153,6 +157,7 @@ def test_the_best_universal_head_is_the_floor() -> None:
         "universal": np.array([0.5, 0.5]),
         "universal, trained on tasks": np.array([0.6, 0.6]),
         "universal, regularised": np.array([0.3, 0.8]),
+        "universal, trained on tasks, regularised": np.array([0.2, 0.8]),
         "oracle": np.array([0.8, 0.8]),
         "other": np.array([0.6, 0.8]),
     }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import Toy, ToySuites
+from tests.training.conftest import Toy
 from tests.training.toy import hard_preset
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import load_preset
@@ -20,6 +20,11 @@ from text2weight_training.stacked import HeadRecipe
 from text2weight_training.suites import headline
 from text2weight_training.suites.base import SuiteRun, own_accuracy
 from text2weight_training.suites.headline import PLAIN, REGULARISED, Ledger, Training, draw_tasks, report, summarise
+
+
+@pytest.fixture(scope="module")
+def measured(suite_run: SuiteRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return headline.run(replace(suite_run, out=tmp_path_factory.mktemp("headline")))
 
 
 def with_settings(run: SuiteRun, **changes: object) -> SuiteRun:
@@ -106,8 +111,8 @@ def test_shares_and_spreads_by_hand() -> None:
     assert summarise(swapped, 200, seed=0)["floors"][REGULARISED] == "universal"
 
 
-def test_accuracies_are_of_the_tasks_own_heads(suite_run: SuiteRun, toy_suites: ToySuites) -> None:
-    methods = toy_suites.result("headline")["methods"]
+def test_accuracies_are_of_the_tasks_own_heads(suite_run: SuiteRun, measured: dict[str, Any]) -> None:
+    methods = measured["methods"]
     _, tasks = draw_tasks(suite_run)
     universal = own_accuracy(suite_run, tasks, suite_run.zoo.universal.expand(len(tasks), -1))
     assert methods["universal"]["accuracy"]["value"] == pytest.approx(universal.mean())
@@ -119,8 +124,8 @@ def test_accuracies_are_of_the_tasks_own_heads(suite_run: SuiteRun, toy_suites: 
     assert methods[PLAIN]["accuracy"]["value"] > methods["universal"]["accuracy"]["value"]
 
 
-def test_the_regularised_oracle_is_regularised(toy_suites: ToySuites) -> None:
-    oracles = toy_suites.result("headline")["oracles"]
+def test_the_regularised_oracle_is_regularised(measured: dict[str, Any]) -> None:
+    oracles = measured["oracles"]
     assert all("label_smoothing" not in entry["recipe"] for entry in oracles[PLAIN]["tried"])
     for entry in [oracles[REGULARISED], *oracles[REGULARISED]["tried"]]:
         assert (entry["recipe"]["label_smoothing"], entry["recipe"]["feature_dropout"]) == (0.1, 0.1)
@@ -141,7 +146,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> l
 
 
 def test_an_interrupted_measurement_goes_on(
-    suite_run: SuiteRun, toy_suites: ToySuites, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    suite_run: SuiteRun, measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run = replace(suite_run, out=tmp_path)
     with monkeypatch.context() as patch:
@@ -151,7 +156,7 @@ def test_an_interrupted_measurement_goes_on(
     with monkeypatch.context() as patch:
         after = counted(patch)
         result = headline.run(run)
-    assert json.dumps(result) == json.dumps(toy_suites.result("headline"))
+    assert json.dumps(result) == json.dumps(measured)
     with monkeypatch.context() as patch:
         again = counted(patch)
         assert headline.run(run) == result
@@ -169,8 +174,8 @@ def test_kept_accuracies_of_other_tasks_are_not_used(tmp_path: Path) -> None:
     assert Ledger(path, {"tasks": 2}).of({"seed": 1}, lambda: np.array([0.9])) == [0.9]
 
 
-def test_the_report_shows_both_gaps_and_the_tuned_settings(toy_suites: ToySuites) -> None:
-    result = json.loads(json.dumps(toy_suites.result("headline")))
+def test_the_report_shows_both_gaps_and_the_tuned_settings(measured: dict[str, Any]) -> None:
+    result = json.loads(json.dumps(measured))
     text = report(result)
     assert "6 fresh combinations" in text
     assert "| **generated/mean/1** |" in text

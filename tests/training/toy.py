@@ -57,7 +57,7 @@ PRESET: dict[str, Any] = {
             "oracle_seeds": 2,
             "restricted_universal": {"steps": 60, "batch_size": 32, "learning_rate": 1e-2, "weight_decay": 0.0},
             "restricted_tasks": 8,
-            "hypernetwork": {"steps": 60, "batch_size": 16, "learning_rate": 1e-2, "weight_decay": 0.0},
+            "hypernetwork": {"steps": 20, "batch_size": 16, "learning_rates": [1e-2], "weight_decays": [0.0, 0.1]},
             "bootstrap": 100,
         },
         "headline": {

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from text2weight.samplers import SamplerName
-from text2weight_training.stacked import HeadRecipe, Recipe, RegularisingShare
+from text2weight_training.stacked import HeadRecipe, RegularisingShare
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Between = Annotated[float, Field(gt=0, lt=1)]
@@ -61,18 +61,43 @@ class SuiteSettings(BaseModel):
     bootstrap: PositiveInt = 2000
 
 
+class HypernetworkSettings(BaseModel):
+    """How the MLP hypernetwork is trained: with every combination of these values, of which the best is kept.
+
+    Attributes:
+        steps: optimiser steps of each combination.
+        batch_size: zoo heads per step.
+        learning_rates: of AdamW.
+        weight_decays: of AdamW.
+        widths: shares of the width at which it is as large as the denoiser.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: PositiveInt = 2000
+    batch_size: PositiveInt = 64
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(default=(0.01, 0.3), min_length=1)
+    widths: tuple[Share, ...] = Field(default=(0.25, 1.0), min_length=1)
+
+    @property
+    def total_steps(self) -> int:
+        """Of all combinations together."""
+        return self.steps * len(self.learning_rates) * len(self.weight_decays) * len(self.widths)
+
+
 class AccuracySettings(SuiteSettings):
     """Every baseline on every split.
 
     Attributes:
         tasks: tasks of each split, or all it has.
         oracle_seeds: heads trained on each task's own data, from each start.
-        label_smoothing: of the regularised versions of the universal head and of the oracle.
+        label_smoothing: of the regularised versions of the universal heads and of the oracle.
         feature_dropout: likewise. Nothing else differs from their recipes.
         restricted_universal: recipe of the universal head that is trained on tasks; `batch_size` counts
             samples per task.
         restricted_tasks: tasks per step of it.
-        hypernetwork: recipe of the MLP hypernetwork; `batch_size` counts zoo heads per step.
+        hypernetwork: see `HypernetworkSettings`.
     """
 
     tasks: PositiveInt = 200
@@ -81,7 +106,7 @@ class AccuracySettings(SuiteSettings):
     feature_dropout: RegularisingShare = 0.1
     restricted_universal: HeadRecipe = HeadRecipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=1.0)
     restricted_tasks: PositiveInt = 16
-    hypernetwork: Recipe = Recipe(steps=2000, batch_size=64, learning_rate=1e-3, weight_decay=0.01)
+    hypernetwork: HypernetworkSettings = HypernetworkSettings()
 
 
 class HeadlineSettings(SuiteSettings):
