@@ -185,3 +185,5 @@ def test_the_report_shows_both_gaps_and_the_tuned_settings(measured: dict[str, A
         assert f"{100 * entry[oracle]['value']:.1f} (" in text
         assert f"from the {result['oracles'][oracle]['start']} head" in text
     assert "by test accuracy on 3 other fresh combinations" in text
+    # Of two values either one is at the edge.
+    assert text.count("At the edge of what was tried: learning rate, weight decay, steps.") == 2

@@ -369,9 +369,15 @@ def _share(entry: dict[str, Any]) -> str:
 def _describe_oracle(name: str, entry: dict[str, Any], tuning_tasks: int) -> str:
     recipe, tried = entry["recipe"], entry["tried"]
     best = max(attempt["accuracy"] for attempt in tried)
+    edges = []
+    for key in ("learning_rate", "weight_decay", "steps"):
+        values = {attempt["recipe"][key] for attempt in tried}
+        if len(values) > 1 and recipe[key] in (min(values), max(values)):
+            edges.append(key.replace("_", " "))
     return (
         f"{name}, the best of {len(tried)} settings by test accuracy on {tuning_tasks} other fresh combinations "
         f"({100 * best:.2f} % there): from the {entry['start']} head, {recipe['steps']} steps, learning rate "
         f"{recipe['learning_rate']:g}, weight decay {recipe['weight_decay']:g}, label smoothing "
         f"{recipe.get('label_smoothing', 0):g}, feature dropout {recipe.get('feature_dropout', 0):g}."
+        + (f" At the edge of what was tried: {', '.join(edges)}." if edges else "")
     )

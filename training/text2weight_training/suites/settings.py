@@ -129,7 +129,7 @@ class HeadlineSettings(SuiteSettings):
     samplers: tuple[SamplerSteps, ...] = (("mean", 1), ("ddim", 4), ("ddim", 20))
     tuning_tasks: PositiveInt = 32
     learning_rates: tuple[PositiveFloat, ...] = Field(default=(5e-4, 1e-3, 2e-3, 4e-3), min_length=1)
-    weight_decays: tuple[NonNegativeFloat, ...] = Field(default=(0.3, 1.0, 2.0, 4.0), min_length=1)
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
     steps: tuple[PositiveInt, ...] = Field(default=(300, 600, 1200), min_length=1)
     oracle_seeds: PositiveInt = 3
     regularised_seeds: PositiveInt = 1
