@@ -65,6 +65,7 @@ class CheckpointConfig(BaseModel):
         template: prompt with one `{}` for a class name.
         classes: names the checkpoint was trained on.
         task_size: least and greatest number of classes it was trained on.
+        task_split_sha256: of the zoo's split, which says what combinations of classes training left out.
         text_encoder: where class embeddings come from.
         condition_text: where the denoiser's condition comes from by class name, if not from class embeddings.
         backbone: name, preprocessing and feature size of the images' side.
@@ -86,8 +87,10 @@ class CheckpointConfig(BaseModel):
     template: str = Field(default="a {}", pattern=TEMPLATE_PATTERN)
     classes: tuple[str, ...] = ()
     task_size: tuple[int, int] = (8, 32)
+    # This and the next but one are left out where they are not used: the hash of checkpoints that are older than they
+    # are stays what it was.
+    task_split_sha256: str | None = Field(default=None, exclude_if=lambda digest: digest is None)
     text_encoder: TextEncoderConfig
-    # Left out where it is not used: the hash of checkpoints that are older than it stays what it was.
     condition_text: TextEncoderConfig | None = Field(default=None, exclude_if=lambda source: source is None)
     backbone: dict[str, Any] = {}
     denoiser: DenoiserConfig = DenoiserConfig()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
 from tests.training.conftest import Toy
-from tests.training.toy import hard_preset, toy_preset
+from tests.training.toy import toy_preset
 from text2weight.head import HeadSpec
 from text2weight.weight_space import WeightSpace
 from text2weight_training import feature_classifiers
@@ -35,8 +34,8 @@ from text2weight_training.files import TrainingDataError
 from text2weight_training.hypernetwork import Hypernetwork, describe_tasks, matching_width, train_hypernetwork
 from text2weight_training.splits import draw_fresh_tasks
 from text2weight_training.stacked import HeadRecipe, stacked_logits
-from text2weight_training.suites.accuracy import _regularised
-from text2weight_training.suites.base import SuiteRun
+from text2weight_training.suites.base import regularised
+from text2weight_training.suites.settings import HypernetworkSettings
 from text2weight_training.tasks import ClassFeatures, TaskData, task_embeddings
 
 
@@ -98,38 +97,37 @@ def restricted_loss(toy: Toy, head: torch.Tensor) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
+def restricted(toy: Toy, recipe: HeadRecipe, on_step: Callable[[], None] | None = None) -> torch.Tensor:
+    return restricted_universal_head(toy.data, toy.zoo.split, toy.preset, toy.zoo.universal, recipe, on_step)
+
+
 def test_the_universal_head_trained_on_tasks_has_the_lower_loss_on_them(hard_toy: Toy) -> None:
-    steps = []
-    head = restricted_universal_head(hard_toy.data, hard_toy.zoo, hard_toy.preset, lambda: steps.append(1))
+    steps, recipe = [], hard_toy.preset.suites.accuracy.restricted_universal
+    head = restricted(hard_toy, recipe, lambda: steps.append(1))
     assert len(steps) == 60
     assert restricted_loss(hard_toy, head) < restricted_loss(hard_toy, hard_toy.zoo.universal) - 0.005
-    assert torch.equal(head, restricted_universal_head(hard_toy.data, hard_toy.zoo, hard_toy.preset))
+    assert torch.equal(head, restricted(hard_toy, recipe))
 
 
 def test_a_diverging_universal_head_is_an_error(hard_toy: Toy) -> None:
-    recipe = {"steps": 3, "learning_rate": 1e38}
-    preset = hard_preset(suites__accuracy={"restricted_universal": recipe})
     with pytest.raises(TrainingDataError, match=r"lower suites.accuracy.restricted_universal.learning_rate"):
-        restricted_universal_head(hard_toy.data, hard_toy.zoo, preset)
+        restricted(hard_toy, HeadRecipe(steps=3, learning_rate=1e38))
 
 
 def test_the_restricted_universal_head_honours_smoothing_and_dropout(hard_toy: Toy) -> None:
-    recipe = {"steps": 3, "batch_size": 32, "learning_rate": 1e-2}
+    recipe = HeadRecipe(steps=3, batch_size=32, learning_rate=1e-2)
     heads = [
-        restricted_universal_head(
-            hard_toy.data, hard_toy.zoo, hard_preset(suites__accuracy={"restricted_universal": recipe | changes})
-        )
+        restricted(hard_toy, recipe.model_copy(update=changes))
         for changes in ({}, {"label_smoothing": 0.3}, {"feature_dropout": 0.3})
     ]
     assert not torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
 
-def test_regularised_baselines_differ_from_the_plain_ones_by_the_regularisers_alone(toy: Toy) -> None:
+def test_regularised_baselines_differ_from_the_plain_ones_by_the_regularisers_alone() -> None:
     preset = toy_preset(suites__accuracy={"label_smoothing": 0.1, "feature_dropout": 0.2})
-    run = cast(SuiteRun, SimpleNamespace(preset=preset))
     recipe = preset.zoo.universal
-    assert _regularised(run, recipe) == HeadRecipe(
+    assert regularised(preset, recipe) == HeadRecipe(
         **recipe.model_dump() | {"label_smoothing": 0.1, "feature_dropout": 0.2}
     )
 
@@ -223,8 +221,16 @@ def test_the_hypernetwork_learns_heads_that_the_text_decides(toy: Toy) -> None:
     weights = toy.zoo.universal + describe_tasks(toy.data, toy.zoo.split.seen, center) @ mapping
     zoo = replace(toy.zoo, weights=weights)
     space = WeightSpace.fit(spec, zoo.universal, weights)
-    recipe = HeadRecipe(steps=300, batch_size=32, learning_rate=1e-2, weight_decay=0.0)
-    heads = train_hypernetwork(toy.data, zoo, space, 20_000, recipe, seed=0)
+    # The first rate hardly moves in so few steps, and the first width is a single unit.
+    settings = HypernetworkSettings(
+        steps=300, batch_size=32, learning_rates=(1e-6, 1e-2), weight_decays=(0.0,), widths=(0.001, 1.0)
+    )
+    steps: list[int] = []
+    trained = train_hypernetwork(toy.data, zoo, space, 20_000, settings, 0, lambda: steps.append(1))
+    assert len(steps) == settings.total_steps == 1200
+    heads, chosen = trained.heads, trained.chosen
+    assert chosen["learning_rate"] == 1e-2
+    assert chosen["width"] == matching_width(16, spec.num_parameters, 20_000) > 1
     tasks = list(zoo.split.unseen)
     targets = zoo.universal + describe_tasks(toy.data, tasks, center) @ mapping
     assert weight_error(space, heads(tasks), targets) < 0.3 * weight_error(space, weights.mean(0), targets)
@@ -232,8 +238,8 @@ def test_the_hypernetwork_learns_heads_that_the_text_decides(toy: Toy) -> None:
 
 def test_a_hypernetwork_that_cannot_learn_is_an_error(toy: Toy) -> None:
     space = WeightSpace.fit(toy.preset.head, toy.zoo.universal, toy.zoo.weights)
-    wild = HeadRecipe(steps=20, learning_rate=1e38)
-    with pytest.raises(TrainingDataError, match=r"lower suites.accuracy.hypernetwork.learning_rate"):
+    wild = HypernetworkSettings(steps=20, learning_rates=(1e38,))
+    with pytest.raises(TrainingDataError, match=r"1e\+38: take it out of suites.accuracy.hypernetwork.learning_rates"):
         train_hypernetwork(toy.data, toy.zoo, space, 5000, wild, seed=0)
     lone = replace(toy.zoo, weights=toy.zoo.weights[:1])
     with pytest.raises(TrainingDataError, match=r"at least 2 zoo heads: raise zoo.tasks"):

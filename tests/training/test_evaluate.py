@@ -26,9 +26,12 @@ from text2weight_training.baselines import (
     pooled_text,
     ridge_heads,
 )
-from text2weight_training.evaluate import evaluate, summarise
+from text2weight_training.evaluate import evaluate, load_generator, summarise
 from text2weight_training.files import TrainingDataError
+from text2weight_training.splits import draw_split
 from text2weight_training.stacked import heads_accuracy
+from text2weight_training.tasks import HeldOut
+from text2weight_training.zoo import load_zoo
 
 METHODS = {
     "base",
@@ -176,6 +179,30 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     with pytest.raises(TrainingDataError, match=message):
         evaluate(toy.data, toy.zoo, checkpoint, toy_run.preset, tmp_path / "evaluation.json")
     assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_a_zoo_of_another_split_is_refused(toy: Toy, toy_run: ToyRun, tmp_path: Path) -> None:
+    """The checkpoint may have been trained on what such a zoo calls unseen."""
+    assert load_checkpoint(toy_run.out / "checkpoint").config.task_split_sha256 == toy.zoo.split.fingerprint
+    assert load_zoo(toy.zoo_folder).split.fingerprint == toy.zoo.split.fingerprint
+    for split in (
+        draw_split(12, toy.preset.zoo, seed=4),
+        replace(toy.zoo.split, seen=toy.zoo.split.unseen, unseen=toy.zoo.split.seen),
+        replace(toy.zoo.split, held_out=HeldOut(pairs=((0, 1),))),
+    ):
+        with pytest.raises(TrainingDataError, match="was trained on the tasks of another zoo"):
+            load_generator(toy_run.out / "checkpoint", toy.data, replace(toy.zoo, split=split), toy_run.preset)
+
+
+def test_an_older_checkpoint_is_measured_with_a_note(
+    toy: Toy, toy_run: ToyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = changed_checkpoint(toy_run, tmp_path / "older", task_split_sha256=None)
+    assert "task_split" not in (older / "config.json").read_text()
+    load_generator(toy_run.out / "checkpoint", toy.data, toy.zoo, toy_run.preset)
+    assert capsys.readouterr().err == ""
+    load_generator(older, toy.data, toy.zoo, toy_run.preset)
+    assert "could not be checked that the zoo's unseen tasks were left out" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_text_encoder_or_with_a_flipped_byte_is_refused(

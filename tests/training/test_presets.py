@@ -20,6 +20,14 @@ def test_every_bundled_preset_loads() -> None:
         assert preset.head.num_parameters == 16_912
 
 
+def test_heldout_is_small_with_classes_and_pairs_held_out() -> None:
+    heldout, small = load_preset("heldout"), load_preset("small")
+    assert (heldout.zoo.held_out_classes, heldout.zoo.held_out_pairs) == (0.2, 0.05)
+    without = {"held_out_classes": 0.0, "held_out_pairs": 0}
+    assert heldout.zoo.model_copy(update=without) == small.zoo
+    assert heldout.model_copy(update={"zoo": small.zoo, "suites": small.suites}) == small
+
+
 def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
     assert load_preset(str(write_preset(tmp_path / "toy.yaml"))) == toy_preset()
 

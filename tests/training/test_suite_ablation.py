@@ -146,6 +146,18 @@ def test_scores_are_those_of_the_fitted_checkpoints(toy: Toy, toy_suites: ToySui
     assert all(about["steps"][0] > 0 for about in result["variants"].values())
 
 
+def test_the_equivariance_error_tells_the_ways_to_the_symmetry_apart(suite_run: SuiteRun, tmp_path: Path) -> None:
+    def error(**changes: Any) -> float:
+        preset = toy_preset(scaling="min_max", denoiser__class_path=0, fit__learning_rate=1e-2, **changes)
+        fit = Fit(suite_run.data, suite_run.zoo, preset, tmp_path / "s.pt", "cpu")
+        fit.run()
+        fit.write_checkpoint(tmp_path / "checkpoint")
+        return ablation.measure_equivariance(suite_run, tmp_path / "checkpoint")
+
+    assert error(denoiser__tokens="chunk") > 1e-2
+    assert 0 < error(denoiser__unit_identity=False) < 1e-5
+
+
 def test_finished_fits_are_only_read(copy: SuiteRun, toy_suites: ToySuites, monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_fits(monkeypatch)
     monkeypatch.setattr(ablation, "generate_heads", lambda *_: pytest.fail("scored again"))
@@ -203,6 +215,9 @@ def test_seeds_are_averaged_task_by_task(suite_run: SuiteRun, tmp_path: Path) ->
     assert cell["accuracy"]["value"] == pytest.approx(sum(map(sum, scores)) / 10, abs=1e-6)
     low, high = sorted(100 * sum(each) / 5 for each in scores)
     assert f"| {low:.2f} to {high:.2f} |" in ablation.report(result)
+    least, greatest = sorted(result["variants"]["full"]["equivariance_error"])
+    assert 0 < least < greatest
+    assert f"| {least:.2g} to {greatest:.2g} |" in ablation.report(result)
 
 
 def test_harder_splits_are_measured_where_the_zoo_has_them(suite_run: SuiteRun, hard_toy: Toy, tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.training.conftest import Toy
 from tests.training.toy import toy_preset
 from text2weight.generator import Generator
 from text2weight.text_encoder import load_text_encoder
+from text2weight.weight_space import WeightSpace
 from text2weight_training.files import TrainingDataError
 from text2weight_training.fit import Fit
 from text2weight_training.suites import accuracy
@@ -31,12 +33,14 @@ HEADS = {
     "universal",
     "universal, trained on tasks",
     "universal, regularised",
+    "universal, trained on tasks, regularised",
     "MLP hypernetwork",
     "generated/mean/1",
     "generated/ddim/3",
     "oracle",
+    "oracle without regularising",
 }
-NO_HEADS = {"chance", "oracle without regularising", "class prototypes (uses data)", "ridge classifier (uses data)"}
+NO_HEADS = {"chance", "class prototypes (uses data)", "ridge classifier (uses data)"}
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,14 @@ def test_every_split_has_every_method(measured: Measured) -> None:
 def test_ends_of_the_scales(measured: Measured) -> None:
     for name, entry in measured.result["splits"].items():
         methods, tasks = entry["methods"], getattr(measured.run.zoo.split, name)[:5]
-        assert methods["oracle"]["weight_error"] == 0
+        # Of the heads that the row is about, not of those that errors are measured to.
+        assert methods["oracle"]["weight_error"] > 0
+        if entry["oracle"]["start"] == "universal":
+            assert methods["oracle"]["weight_error"] == entry["oracle"]["weight_error_of_another_seed"]
         assert methods["chance"]["accuracy"] == pytest.approx(np.mean([1 / len(task) for task in tasks]))
         universals = ("universal", "universal, trained on tasks", "universal, regularised")
+        universals += ("universal, trained on tasks, regularised",)
+        assert len({methods[name]["weight_error"] for name in universals}) == 4
         assert entry["universal"] in universals
         others = [methods[name]["accuracy"] for name in universals]
         assert methods[entry["universal"]]["accuracy"] == max(others)
@@ -112,6 +121,7 @@ def test_the_report_needs_nothing_but_the_result(measured: Measured) -> None:
     assert len(tables) == 6 * (len(HEADS | NO_HEADS) + 2)
     assert "| head | seen combinations | unseen combinations | held-out pairs |" in text
     assert "**generated/mean/1**" in text
+    assert "of a grid and by its error on a tenth of the zoo: width " in text
     assert "CLIP zero-shot does not apply: the features are of toy backbone, not of CLIP's image tower." in text
     shown = measured.result["splits"]["unseen"]["methods"]["oracle"]["accuracy"]
     assert f"| oracle | {100 * shown:.2f} |" in text
@@ -128,7 +138,16 @@ def test_a_zoo_without_harder_splits_has_two_columns(measured: Measured) -> None
 
 
 def test_features_of_another_backbone_have_no_zero_shot_classifier(measured: Measured) -> None:
-    assert set(accuracy.predictors(measured.run)) == NO_HEADS - {"chance", "oracle without regularising"}
+    assert set(accuracy.predictors(measured.run)) == NO_HEADS - {"chance"}
+
+
+def test_an_oracles_weight_error_is_that_of_its_own_heads() -> None:
+    space = WeightSpace(torch.zeros(2), torch.zeros(2), torch.tensor([1.0, 2.0]))
+    first, second, third = (torch.tensor([row]) for row in ([0.0, 0.0], [1.0, 0.0], [3.0, 4.0]))
+    oracles = {"universal": [first, second], "universal, regularised": [second, third]}
+    assert accuracy._oracle_error(space, oracles, "universal") == pytest.approx(0.5)
+    assert accuracy._oracle_error(space, oracles, "universal, regularised") == pytest.approx((0.5 + 6.5) / 2)
+    assert accuracy._oracle_error(space, {"universal": [first]}, "universal") is None
 
 
 def test_the_best_universal_head_is_the_floor() -> None:
@@ -136,6 +155,7 @@ def test_the_best_universal_head_is_the_floor() -> None:
         "universal": np.array([0.5, 0.5]),
         "universal, trained on tasks": np.array([0.6, 0.6]),
         "universal, regularised": np.array([0.3, 0.8]),
+        "universal, trained on tasks, regularised": np.array([0.2, 0.8]),
         "oracle": np.array([0.8, 0.8]),
         "other": np.array([0.6, 0.8]),
     }

@@ -12,8 +12,9 @@ import torch
 from tests.training.conftest import Toy, ToySuites
 from text2weight.head import apply_heads, class_logits
 from text2weight.weight_tokens import permute_units
+from text2weight_training.stacked import HeadRecipe
 from text2weight_training.suites import fuse
-from text2weight_training.suites.base import SuiteRun, task_accuracy
+from text2weight_training.suites.base import SuiteRun, Task, task_accuracy
 from text2weight_training.suites.fuse import Pair, draw_pairs
 
 MERGED = {"first alone", "second alone", "average", "git re-basin", "regmean", "task arithmetic", "ties"}
@@ -46,6 +47,19 @@ def test_what_must_be_better_is(toy_suites: ToySuites) -> None:
     assert joint["trained/union"] > joint["trained/average"] > joint["trained/first alone"]
     assert methods["trained/first alone"]["first"]["value"] > methods["trained/first alone"]["second"]["value"] + 0.05
     assert methods["trained/second alone"]["second"]["value"] > methods["trained/second alone"]["first"]["value"] + 0.05
+
+
+def test_trained_heads_are_regularised(suite_run: SuiteRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = []
+
+    def train(run: SuiteRun, tasks: list[Task], recipe: HeadRecipe, seed: int) -> torch.Tensor:
+        recipes.append(recipe)
+        return run.zoo.universal.expand(len(tasks), -1)
+
+    monkeypatch.setattr(fuse, "train_heads", train)
+    fuse.run(suite_run)
+    plain = suite_run.preset.evaluation.oracle
+    assert recipes == [plain.model_copy(update={"label_smoothing": 0.1, "feature_dropout": 0.1})] * 3
 
 
 def test_pairs_are_disjoint_distinct_and_new(toy: Toy, suite_run: SuiteRun) -> None:

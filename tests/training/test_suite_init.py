@@ -16,7 +16,7 @@ from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.initialisation import RANDOM_STARTS
 from text2weight_training.stacked import HeadRecipe, heads_accuracy
 from text2weight_training.suites import init
-from text2weight_training.suites.base import SuiteRun, task_loss, train_heads, training_sample
+from text2weight_training.suites.base import SuiteRun, own_accuracy, task_loss, train_heads, training_sample
 
 HEADLINE = "generated (mean/1)"
 TASKS = [(0, 3, 5), (7, 1, 2, 4)]
@@ -50,6 +50,16 @@ def test_gains_are_against_the_headline_at_the_named_steps(toy_suites: ToySuites
         for place, i in (("before", 0), ("few", few), ("end", -1)):
             expected = lead["accuracy"][i]["value"] - entry["accuracy"][i]["value"]
             assert entry["gain"][place]["value"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_oracle_is_the_regularised_one(suite_run: SuiteRun) -> None:
+    tasks, recipe = list(suite_run.zoo.split.unseen[:4]), suite_run.preset.evaluation.oracle
+    smoothed = recipe.model_copy(update={"label_smoothing": 0.1, "feature_dropout": 0.1})
+    heads = train_heads(suite_run, tasks * 2, smoothed, suite_run.preset.seed + 77)
+    expected = own_accuracy(suite_run, tasks * 2, heads).reshape(2, 4).mean(0)
+    assert init._oracle(suite_run, tasks) == pytest.approx(expected)
+    plain = train_heads(suite_run, tasks * 2, recipe, suite_run.preset.seed + 77)
+    assert own_accuracy(suite_run, tasks * 2, plain).reshape(2, 4).mean(0) != pytest.approx(expected)
 
 
 def test_tuning_tasks_are_not_measured(suite_run: SuiteRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_bad_results_are_refused(folder: Path, tmp_path: Path) -> None:
     change(folder / "fuse.json", result={"pairs": 3})
     refused("result of suite fuse .* lacks a part")
     change(folder / "fuse.json", suite="speed")
-    refused("fuse.json is of suite 'speed': known are accuracy, reading")
+    refused("fuse.json is of suite 'speed': known are accuracy, headline, reading")
     (folder / "fuse.json").write_text("{")
     refused("fuse.json is damaged")
 

@@ -17,9 +17,10 @@ from tests.training.toy import preset_dict, toy_preset, write_preset
 from text2weight.checkpoint import read_config
 from text2weight_training.files import TrainingDataError
 from text2weight_training.model_cli import evaluate_app
-from text2weight_training.presets import load_preset
+from text2weight_training.presets import Preset, load_preset
 from text2weight_training.suites import SUITES, choose_suites, load_suite
 from text2weight_training.suites.runner import run_suites, with_paraphrases
+from text2weight_training.zoo import Zoo
 
 # The toy problem has no pictures, so the suite `gradcam` measures nothing on it.
 MEASURED = [name for name in SUITES if name != "gradcam"]
@@ -28,7 +29,9 @@ MEASURED = [name for name in SUITES if name != "gradcam"]
 def test_names_are_chosen_in_the_registrys_order_each_once() -> None:
     assert choose_suites(["fuse", "reading", "fuse"]) == ["reading", "fuse"]
     assert choose_suites(["fuse", "all"]) == list(SUITES)
-    with pytest.raises(TrainingDataError, match=r"no suite 'fus': choose accuracy, reading, .*fuse.*, or all"):
+    with pytest.raises(
+        TrainingDataError, match=r"no suite 'fus': choose accuracy, headline, reading, .*fuse.*, or all"
+    ):
         choose_suites(["fuse", "fus"])
 
 
@@ -74,6 +77,35 @@ def test_a_suite_measures_the_same_twice(toy: Toy, toy_run: ToyRun, toy_suites: 
     (again,) = run_suites(["fuse"], toy.data, toy.zoo, toy_run.out / "checkpoint", toy_run.preset, tmp_path)
     assert json.dumps(again["result"]) == json.dumps(toy_suites.result("fuse"))
     assert (tmp_path / "fuse.svg").read_bytes() == (toy_suites.out / "fuse.svg").read_bytes()
+
+
+def test_a_finished_suite_is_kept_until_something_differs(
+    toy: Toy, toy_run: ToyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name in ("reading", "denoising"):
+        monkeypatch.setattr(load_suite(name), "run", lambda run, name=name: ran.append(name) or {"number": len(ran)})
+
+    def measure(preset: Preset = toy_run.preset, zoo: Zoo = toy.zoo) -> list[int]:
+        every = run_suites(["reading", "denoising"], toy.data, zoo, toy_run.out / "checkpoint", preset, tmp_path)
+        return [written["result"]["number"] for written in every]
+
+    assert measure() == [1, 2]
+    assert measure() == [1, 2]
+    # An interrupted run: one result is missing, one is damaged.
+    (tmp_path / "denoising.json").unlink()
+    assert measure() == [1, 3]
+    (tmp_path / "reading.json").write_text("{")
+    assert measure() == [4, 3]
+    assert ran == ["reading", "denoising", "denoising", "reading"]
+    # A setting of one suite, then what all of them depend on.
+    assert measure(toy_preset(fit__steps=100, fit__save_every=50, fit__learning_rate=1e-2)) == [4, 3]
+    changed = toy_run.preset.suites.model_copy(
+        update={"reading": toy_run.preset.suites.reading.model_copy(update={"tasks": 7})}
+    )
+    assert measure(toy_run.preset.model_copy(update={"suites": changed})) == [5, 3]
+    assert measure(toy_run.preset.model_copy(update={"steps": 2, "sampler": "ddim"})) == [6, 7]
+    assert measure(zoo=replace(toy.zoo, manifest={**toy.zoo.manifest, "note": 1})) == [8, 9]
 
 
 def test_a_zoo_that_does_not_fit_is_refused(toy: Toy, toy_run: ToyRun, tmp_path: Path) -> None:
@@ -152,6 +184,9 @@ def test_the_command_writes_and_shows_what_it_was_asked_for(inputs: list[str], t
     }
     assert "| ddpm/4 |" in result.output
     assert "written to" in result.output
+    again = evaluate(*inputs, "--suite", "denoising", "--out", out)
+    assert "denoising: kept from an earlier run" in again.output
+    assert "| ddpm/4 |" in again.output
 
 
 def test_bad_input_is_one_line_and_status_2(inputs: list[str], tmp_path: Path) -> None:
@@ -160,7 +195,7 @@ def test_bad_input_is_one_line_and_status_2(inputs: list[str], tmp_path: Path) -
         assert result.exit_code == 2
         assert re.search(message, result.stderr), result.stderr
 
-    refused("error: no suite 'speed': choose accuracy, reading, ", "--suite", "speed")
+    refused("error: no suite 'speed': choose accuracy, headline, reading, ", "--suite", "speed")
     refused("error: embedding table .* cannot be read", "--suite", "reading", "--paraphrase", tmp_path / "absent")
     refused("--record keeps the evaluation", "--suite", "reading", "--record")
     refused("--paraphrase belongs to", "--paraphrase", "x")

@@ -28,7 +28,7 @@ from text2weight_training.stacked import (
     stacked_logits,
     train_in_stacks,
 )
-from text2weight_training.tasks import TaskData, pad_tasks, task_embeddings
+from text2weight_training.tasks import TaskData, TaskSplit, pad_tasks, task_embeddings
 from text2weight_training.zoo import Zoo
 
 RIDGE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -169,33 +169,38 @@ def oracle_heads(
 
 
 def restricted_universal_head(
-    data: TaskData, zoo: Zoo, preset: Preset, on_step: Callable[[], None] | None = None
+    data: TaskData,
+    split: TaskSplit,
+    preset: Preset,
+    start: Tensor,
+    recipe: HeadRecipe,
+    on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """One head for all tasks, trained on the softmax over a task's classes by which it is judged: (P,).
 
-    It starts from the zoo's universal head; each step draws fresh tasks that training may use and samples of each.
+    Each step draws fresh tasks that training may use and samples of each.
 
     Args:
         data: features and embeddings.
-        zoo: its start, and what is kept from training.
-        preset: `suites.accuracy` says how long, `fit.fresh_task_size` on which tasks.
+        split: says what is kept from training.
+        preset: `suites.accuracy.restricted_tasks` says how many tasks a step has, `fit.fresh_task_size` of what size.
+        start: (P,) a universal head.
+        recipe: optimiser settings; `batch_size` counts samples per task.
         on_step: called after every step.
 
     Raises:
         TrainingDataError: the weights are no longer finite, or tasks cannot be drawn.
     """
-    settings = preset.suites.accuracy
-    recipe = settings.restricted_universal
 
     def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
         tasks = draw_fresh_tasks(
-            zoo.split, len(data.classes), settings.restricted_tasks, preset.fit.fresh_task_size, generator
+            split, len(data.classes), preset.suites.accuracy.restricted_tasks, preset.fit.fresh_task_size, generator
         )  # (M, K)
         text = task_embeddings(data.embeddings, tasks)  # (M, K, D), (M, K)
         heads = flat.expand(len(tasks), -1)  # (M, P)
         return sampled_loss(preset.head, heads, tasks, text, data.train, preset.logit_scale, recipe, generator)
 
-    trained, _ = minimise(zoo.universal.clone(), loss, recipe, preset.seed, on_step)  # (P,)
+    trained, _ = minimise(start.clone(), loss, recipe, preset.seed, on_step)  # (P,)
     if not bool(torch.isfinite(trained).all()):
         raise TrainingDataError(
             "the universal head trained on tasks diverged: lower suites.accuracy.restricted_universal.learning_rate"

@@ -120,13 +120,14 @@ def load_generator(checkpoint: Path, data: TaskData, zoo: Zoo, preset: Preset) -
     """Load a checkpoint, with the text encoder that the data's embeddings were made with.
 
     Raises:
-        TrainingDataError: it was trained on other classes, another template or other condition texts, or makes heads
-            of another kind.
+        TrainingDataError: it was trained on other classes, another template, another zoo's tasks or other condition
+            texts, or makes heads of another kind.
         CheckpointError: it is missing, damaged or of another text encoder.
     """
     generator = Generator.load(checkpoint, text_encoder=load_text_encoder(data.text_source))
     if generator.config.classes != training_class_names(data, zoo.split) or generator.config.template != data.template:
         raise TrainingDataError(f"checkpoint {checkpoint} was trained on other class names or another template")
+    _check_split(checkpoint, generator.config.task_split_sha256, zoo)
     described = generator.config.condition_text
     if (described.fingerprint if described else "") != data.condition_fingerprint:
         trained = f"the texts of {described.name}" if described else "the class embeddings"
@@ -138,6 +139,24 @@ def load_generator(checkpoint: Path, data: TaskData, zoo: Zoo, preset: Preset) -
     if differing:
         raise TrainingDataError(f"checkpoint {checkpoint} makes other heads than the zoo's: {', '.join(differing)}")
     return generator
+
+
+def _check_split(checkpoint: Path, trained: str | None, zoo: Zoo) -> None:
+    """Refuse a zoo of another split, whose unseen tasks training may have seen; say where that cannot be known."""
+    if trained is None:
+        Console(stderr=True).print(
+            f"note: checkpoint {checkpoint} does not say which tasks it was trained on, so it could not be checked "
+            "that the zoo's unseen tasks were left out: give the zoo that it was trained on",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+    elif trained != zoo.split.fingerprint:
+        raise TrainingDataError(
+            f"checkpoint {checkpoint} was trained on the tasks of another zoo (split {trained[:12]}, this zoo's is "
+            f"{zoo.split.fingerprint[:12]}), so this one's unseen tasks may have been trained on: give the zoo that it "
+            "was trained on"
+        )
 
 
 def baseline_heads(data: TaskData, zoo: Zoo, tasks: list[tuple[int, ...]]) -> dict[str, Tensor]:

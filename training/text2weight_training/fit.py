@@ -440,6 +440,7 @@ class Fit:
             template=data.template,
             classes=training_class_names(data, self._split),
             task_size=preset.fit.fresh_task_size if preset.fit.fresh_items else preset.zoo.task_size,
+            task_split_sha256=self._split.fingerprint,
             text_encoder=TextEncoderConfig(source=text_source, name=encoder.name, fingerprint=encoder.fingerprint),
             condition_text=condition,
             backbone=dict(data.backbone),

@@ -1,8 +1,8 @@
 """An MLP hypernetwork, the plain alternative to the denoiser: a task's text in, standardised weights out.
 
-It learns from the zoo by mean squared error, as in the hypernetwork baselines of T2W (arXiv 2508.13633), and has
-about as many parameters as the denoiser. Letters: M tasks, n zoo heads, K classes of a task, D embedding size,
-P numbers in one head, w hidden width.
+It learns from the zoo by mean squared error, as in the hypernetwork baselines of T2W (arXiv 2508.13633), and has at
+most as many parameters as the denoiser; how many is chosen with its learning rate and weight decay.
+Letters: M tasks, n zoo heads, K classes of a task, D embedding size, P numbers in one head, w hidden width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from text2weight.weight_space import WeightSpace
 from text2weight_training.files import TrainingDataError
 from text2weight_training.splits import training_center
 from text2weight_training.stacked import Recipe, cosine_decay
+from text2weight_training.suites.settings import HypernetworkSettings
 from text2weight_training.tasks import TaskData, pad_tasks, task_embeddings
 from text2weight_training.zoo import Zoo
 
@@ -61,28 +64,41 @@ def describe_tasks(data: TaskData, tasks: Sequence[tuple[int, ...]], center: Ten
     return torch.cat([prior_attention(text, mask) - center, mean - center], dim=1)
 
 
+@dataclass(frozen=True)
+class TrainedHypernetwork:
+    """The network with the least error on heads that it was not trained on.
+
+    Attributes:
+        heads: from M tasks to heads (M, P).
+        chosen: `learning_rate`, `weight_decay`, `width` and `error` of the network that was kept.
+    """
+
+    heads: Callable[[Sequence[tuple[int, ...]]], Tensor]
+    chosen: dict[str, float]
+
+
 def train_hypernetwork(
     data: TaskData,
     zoo: Zoo,
     space: WeightSpace,
     parameters: int,
-    recipe: Recipe,
+    settings: HypernetworkSettings,
     seed: int,
     on_step: Callable[[], None] | None = None,
-) -> Callable[[Sequence[tuple[int, ...]]], Tensor]:
-    """Train on the zoo by mean squared error; the state with the least error on the zoo's last tenth is kept.
+) -> TrainedHypernetwork:
+    """Train on the zoo by mean squared error, with every combination of the settings' values.
+
+    What is kept, of all combinations and of the states along each training, is the state with the least error on the
+    zoo's last tenth.
 
     Args:
         data: features and embeddings.
         zoo: the heads.
         space: standardises them.
-        parameters: how many the network may have, such as the denoiser has.
-        recipe: optimiser settings; `batch_size` counts heads.
+        parameters: how many the widest network may have, such as the denoiser has.
+        settings: steps, batch size and the values to choose from.
         seed: of the initial network and the batches.
         on_step: called after every step.
-
-    Returns:
-        a function from M tasks to heads (M, P).
 
     Raises:
         TrainingDataError: the zoo has a single head, or the error is no longer finite.
@@ -93,8 +109,30 @@ def train_hypernetwork(
     inputs = describe_tasks(data, zoo.split.seen, center)  # (n, 2D)
     scale = inputs.std().clamp(min=1e-8)
     inputs, targets = inputs / scale, space.standardise(zoo.weights)  # (n, 2D), (n, P)
+    widest = matching_width(inputs.shape[1], targets.shape[1], parameters)
+    best, best_error, chosen = None, math.inf, {}
+    for share, rate, decay in product(settings.widths, settings.learning_rates, settings.weight_decays):
+        width = max(1, round(share * widest))
+        recipe = Recipe(steps=settings.steps, batch_size=settings.batch_size, learning_rate=rate, weight_decay=decay)
+        network, error = _train(inputs, targets, width, recipe, seed, on_step)
+        if error < best_error:
+            best, best_error = network, error
+            chosen = {"learning_rate": rate, "weight_decay": decay, "width": width, "error": error}
+    assert best is not None  # `_train` raises where an error is not finite
+    network = best
+
+    @torch.no_grad()
+    def heads(tasks: Sequence[tuple[int, ...]]) -> Tensor:
+        return space.restore(network(describe_tasks(data, tasks, center) / scale))  # (M, P)
+
+    return TrainedHypernetwork(heads, chosen)
+
+
+def _train(
+    inputs: Tensor, targets: Tensor, width: int, recipe: Recipe, seed: int, on_step: Callable[[], None] | None
+) -> tuple[Hypernetwork, float]:
+    """The state with the least error on the last tenth of inputs (n, 2D) and targets (n, P), and that error."""
     kept = len(inputs) - max(1, len(inputs) // 10)  # heads before this row are trained on
-    width = matching_width(inputs.shape[1], targets.shape[1], parameters)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Hypernetwork(inputs.shape[1], width, targets.shape[1])
@@ -115,16 +153,11 @@ def train_hypernetwork(
                 error = float(F.mse_loss(network(inputs[kept:]), targets[kept:]))
             if not math.isfinite(error):
                 raise TrainingDataError(
-                    f"the hypernetwork's error is not finite at step {step + 1}: "
-                    "lower suites.accuracy.hypernetwork.learning_rate"
+                    f"the hypernetwork's error is not finite at step {step + 1} with learning rate "
+                    f"{recipe.learning_rate:g}: take it out of suites.accuracy.hypernetwork.learning_rates"
                 )
             if error < best_error:
                 best, best_error = copy.deepcopy(network), error
         if on_step is not None:
             on_step()
-
-    @torch.no_grad()
-    def heads(tasks: Sequence[tuple[int, ...]]) -> Tensor:
-        return space.restore(best(describe_tasks(data, tasks, center) / scale))  # (M, P)
-
-    return heads
+    return best, best_error

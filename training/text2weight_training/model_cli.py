@@ -168,7 +168,10 @@ def _evaluate_suites(names: list[str], data: TaskData, zoo: Path, checkpoint: Pa
     for written in run_suites(names, data, load_zoo(zoo), checkpoint, preset, out):
         name = written["suite"]
         typer.echo(load_suite(name).report(written["result"]))
-        typer.echo(f"{name}: {written['seconds']} s, written to {out / name}.json\n")
+        done = f"{written['seconds']} s, written to {out / name}.json"
+        if written.get("kept"):
+            done = f"kept from an earlier run of the same checkpoint and settings, {out / name}.json"
+        typer.echo(f"{name}: {done}\n")
 
 
 @results_app.command("results")

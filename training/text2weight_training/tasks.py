@@ -7,10 +7,11 @@ size, D embedding size.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -369,6 +370,11 @@ class TaskSplit:
     def allows(self, task: Sequence[int]) -> bool:
         """Whether training may use this combination of classes."""
         return frozenset(task) not in self._unseen_sets and self.held_out.allows(task)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all lists and of what is held out: equal where the same tasks are seen and unseen."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     @cached_property
     def _unseen_sets(self) -> frozenset[frozenset[int]]:

@@ -19,6 +19,7 @@ ALL = "all"
 # In the order in which `all` runs them and a page shows them.
 SUITES = {
     "accuracy": "text2weight_training.suites.accuracy",
+    "headline": "text2weight_training.suites.headline",
     "reading": "text2weight_training.suites.reading",
     "denoising": "text2weight_training.suites.denoising",
     "fuse": "text2weight_training.suites.fuse",

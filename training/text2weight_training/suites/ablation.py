@@ -20,20 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from text2weight.checkpoint import load_checkpoint
+from text2weight.condition import condition_on_classes
 from text2weight.generator import Generator
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
-from text2weight_training.files import TrainingDataError, atomic_path, claim
+from text2weight_training.files import TrainingDataError, claim
 from text2weight_training.fit import Fit
 from text2weight_training.presets import Preset
 from text2weight_training.suites.accuracy import SPLITS
-from text2weight_training.suites.base import SuiteRun, Task, method_name, task_accuracy
+from text2weight_training.suites.base import SuiteRun, Task, method_name, read_kept, task_accuracy, write_kept
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.settings import SamplerSteps, VariantName
 from text2weight_training.suites.tables import markdown_table, percent, points
 from text2weight_training.suites.variants import Variant, make_variant
+from text2weight_training.symmetry import equivariance_error
+from text2weight_training.tasks import pad_tasks, task_embeddings
 
 FULL: VariantName = "full"
+# Zoo heads that the equivariance error is measured on.
+EQUIVARIANCE_HEADS = 16
 Scores = dict[str, dict[str, list[float]]]  # split, then method, then one accuracy per task
 
 
@@ -44,11 +50,13 @@ class FinishedFit:
     Attributes:
         steps: optimiser steps that fitted into the time.
         parameters: of the denoiser.
+        equivariance_error: see `symmetry.equivariance_error`.
         scores: per split and method, the accuracy on each task.
     """
 
     steps: int
     parameters: int
+    equivariance_error: float
     scores: Scores
 
 
@@ -57,10 +65,10 @@ def run(run: SuiteRun) -> dict[str, Any]:
 
     Returns:
         `minutes`, `seeds`, `methods` (samplers that all are measured with); per variant in `variants` its title, the
-        steps of each seed, the parameters and its own `default` method; `not_applicable`, the reasons of those left
-        out; per split in `splits` the number of tasks, the universal head's accuracy, and per variant and method the
-        `accuracy` (mean over seeds), the accuracy of each seed, and `change`, the difference to the same method of
-        the variant `full`, task by task.
+        steps and the equivariance error of each seed, the parameters and its own `default` method; `not_applicable`,
+        the reasons of those left out; per split in `splits` the number of tasks, the universal head's accuracy, and
+        per variant and method the `accuracy` (mean over seeds), the accuracy of each seed, and `change`, the
+        difference to the same method of the variant `full`, task by task.
 
     Raises:
         TrainingDataError: a fit diverges, or its folder belongs to another fit.
@@ -80,6 +88,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
                 "title": variants[name][0].title,
                 "steps": [fit.steps for fit in of_seeds],
                 "parameters": of_seeds[0].parameters,
+                "equivariance_error": [fit.equivariance_error for fit in of_seeds],
                 "default": _default(variants[name][0].preset),
             }
             for name, of_seeds in fits.items()
@@ -129,23 +138,25 @@ def _finish(run: SuiteRun, name: str, variant: Variant, tasks: dict[str, list[Ta
     measured = {
         "tasks": {split: len(chosen) for split, chosen in tasks.items()},
         "methods": [method_name(*pair) for pair in pairs],
+        "equivariance_heads": EQUIVARIANCE_HEADS,
         "seed": run.preset.seed,
     }
-    there = _read(folder / "scores.json")
+    there = read_kept(folder / "scores.json")
     if there.get("measured") != measured:
         generator = Generator.load(
             folder / "checkpoint", device=run.generator.device, text_encoder=run.generator.text_encoder
         )
         scores = {split: _score(run, generator, chosen, pairs) for split, chosen in tasks.items()}
-        there = {"measured": measured, "scores": scores}
-        _write(folder / "scores.json", there)
-    return FinishedFit(trained["steps"], trained["parameters"], there["scores"])
+        error = measure_equivariance(run, folder / "checkpoint")
+        there = {"measured": measured, "equivariance_error": error, "scores": scores}
+        write_kept(folder / "scores.json", there)
+    return FinishedFit(trained["steps"], trained["parameters"], there["equivariance_error"], there["scores"])
 
 
 def _train(run: SuiteRun, preset: Preset, folder: Path) -> dict[str, Any]:
     """Fit into `folder`/checkpoint unless that is done; returns steps and parameters."""
     finished, state = folder / "finished.json", folder / "state.pt"
-    there = _read(finished)
+    there = read_kept(finished)
     if there and (folder / "checkpoint").exists():
         return there
     fit = Fit(run.data, run.zoo, preset, state, run.generator.device)
@@ -154,24 +165,10 @@ def _train(run: SuiteRun, preset: Preset, folder: Path) -> dict[str, Any]:
     fit.write_checkpoint(folder / "checkpoint")
     parameters = sum(parameter.numel() for parameter in fit.denoiser.parameters())
     written = {"steps": fit.state.step, "seconds": round(fit.state.seconds, 1), "parameters": parameters}
-    _write(finished, written)
+    write_kept(finished, written)
     # With its averages and its optimiser it is many times as large as the checkpoint.
     state.unlink()
     return written
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file's content; empty where it is not there or damaged, for what can be made again."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
 
 
 def _score(run: SuiteRun, generator: Generator, tasks: list[Task], pairs: list[SamplerSteps]) -> dict[str, list[float]]:
@@ -180,6 +177,28 @@ def _score(run: SuiteRun, generator: Generator, tasks: list[Task], pairs: list[S
     )  # (M, methods, P)
     scores = torch.stack([task_accuracy(run, made, task) for made, task in zip(heads, tasks, strict=True)])
     return {method_name(*pair): column.tolist() for pair, column in zip(pairs, scores.T, strict=True)}
+
+
+def measure_equivariance(run: SuiteRun, checkpoint: Path) -> float:
+    """Relative equivariance error of a checkpoint's denoiser on noised heads of the zoo, at timesteps from 1 to N."""
+    loaded = load_checkpoint(checkpoint)
+    config, tasks = loaded.config, run.zoo.split.seen[:EQUIVARIANCE_HEADS]
+    clean = loaded.space.standardise(run.zoo.weights[: len(tasks)])  # (B, P)
+    source = torch.Generator().manual_seed(run.preset.seed)
+    timesteps = torch.linspace(1, config.schedule.num_timesteps, len(tasks)).round().long()  # (B,)
+    noisy = config.schedule.add_noise(clean, timesteps, torch.randn(clean.shape, generator=source))  # (B, P)
+    condition = condition_on_classes(*task_embeddings(run.data.condition_embeddings, pad_tasks(tasks)))
+    device = run.generator.device
+    return equivariance_error(
+        loaded.denoiser.to(device),
+        config.head,
+        config.schedule,
+        config.prediction,
+        noisy.to(device),
+        timesteps.to(device),
+        condition.to(device),
+        source,
+    )
 
 
 def _summarise(run: SuiteRun, split: str, tasks: list[Task], fits: dict[str, list[FinishedFit]]) -> dict[str, Any]:
@@ -232,7 +251,9 @@ def report(result: dict[str, Any]) -> str:
     parts = [
         f"Every variant was fitted for {result['minutes']:g} minutes of wall time on the same zoo, from "
         f"{result['seeds']} seed(s). Accuracy in % (mean over seeds, intervals over tasks), and the change against the "
-        "preset as it is, in points, task by task."
+        "preset as it is, in points, task by task. The equivariance error is that of the estimated head when the "
+        "hidden units of the noisy one are permuted, relative to its size: about 1e-6 where units are exchangeable by "
+        "construction; a network that tells units apart on purpose has a large one."
     ]
     for split, entry in result["splits"].items():
         parts += [
@@ -247,13 +268,13 @@ def report(result: dict[str, Any]) -> str:
 
 def _table(result: dict[str, Any], entry: dict[str, Any]) -> str:
     several = result["seeds"] > 1
-    headings = ["variant", "steps", "parameters, M"]
+    headings = ["variant", "steps", "parameters, M", "equivariance error"]
     for method in result["methods"]:
         headings += [f"{method} %", *(["seeds %"] if several else []), "change"]
     rows = []
     for name, about in result["variants"].items():
         steps, parameters = _extent(about["steps"], "{:.0f}"), f"{about['parameters'] / 1e6:.1f}"
-        row = [about["title"], steps, parameters]
+        row = [about["title"], steps, parameters, _extent(about["equivariance_error"], "{:.2g}")]
         for method in result["methods"]:
             cell = entry["variants"][name][method]
             seeds = _extent([100 * value for value in cell["accuracy_of_seeds"]], "{:.2f}")

@@ -5,7 +5,7 @@ Letters: M tasks, S oracle seeds, P numbers in one head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,8 @@ from text2weight_training.feature_classifiers import (
     zero_shot_scores,
 )
 from text2weight_training.files import TrainingDataError
-from text2weight_training.hypernetwork import train_hypernetwork
-from text2weight_training.stacked import HeadRecipe
-from text2weight_training.suites.base import SuiteRun, train_heads
+from text2weight_training.hypernetwork import TrainedHypernetwork, train_hypernetwork
+from text2weight_training.suites.base import SuiteRun, regularised, train_heads
 from text2weight_training.suites.figures import new_figure, save_figure
 from text2weight_training.suites.tables import markdown_table
 from text2weight_training.tasks import TaskSplit
@@ -53,7 +52,9 @@ SPLITS = {
     "held_out_classes": "held-out classes",
 }
 REGULARISED = "universal, regularised"
-UNIVERSALS = ("universal", "universal, trained on tasks", REGULARISED)
+RESTRICTED = "universal, trained on tasks"
+RESTRICTED_REGULARISED = "universal, trained on tasks, regularised"
+UNIVERSALS = ("universal", RESTRICTED, REGULARISED, RESTRICTED_REGULARISED)
 # By start and recipe.
 PLAIN_ORACLES = ("base", "universal")
 ORACLES = (*PLAIN_ORACLES, REGULARISED)
@@ -62,12 +63,17 @@ ZERO_SHOT = "CLIP zero-shot"
 
 @dataclass(frozen=True)
 class Trained:
-    """Baselines that are trained once and serve every split."""
+    """Baselines that are trained once and serve every split.
+
+    Attributes:
+        space: standardises weights for their errors.
+        universals: the `UNIVERSALS`, (P,) each.
+        hypernetwork: see `TrainedHypernetwork`.
+    """
 
     space: WeightSpace
-    restricted: Tensor
-    regularised: Tensor
-    hypernetwork: Callable[[Tasks], Tensor]
+    universals: dict[str, Tensor]
+    hypernetwork: TrainedHypernetwork
 
 
 def run(run: SuiteRun) -> dict[str, Any]:
@@ -97,6 +103,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
         "held_out": {"classes": len(run.zoo.split.held_out.classes), "pairs": len(run.zoo.split.held_out.pairs)},
         "headline": default_method(run.preset),
         "oracle_seeds": settings.oracle_seeds,
+        "hypernetwork": trained.hypernetwork.chosen,
         "not_applicable": {} if obstacle is None else {ZERO_SHOT: obstacle},
         "splits": splits,
     }
@@ -120,12 +127,7 @@ def _check_tasks(run: SuiteRun, tasks: dict[str, Tasks]) -> None:
 def _train_baselines(run: SuiteRun, progress: Progress) -> Trained:
     settings, preset = run.preset.suites.accuracy, run.preset
     space = WeightSpace.fit(preset.head, run.zoo.universal, run.zoo.weights)
-    bar = progress.add_task("universal head on tasks", total=settings.restricted_universal.steps)
-    restricted = restricted_universal_head(run.data, run.zoo, preset, partial(progress.advance, bar))
-    recipe = _regularised(run, preset.zoo.universal)
-    bar = progress.add_task("regularised universal head", total=recipe.steps)
-    regularised = universal_head(run.data, run.zoo.split, preset, recipe, partial(progress.advance, bar))
-    bar = progress.add_task("hypernetwork", total=settings.hypernetwork.steps)
+    bar = progress.add_task("hypernetwork", total=settings.hypernetwork.total_steps)
     hypernetwork = train_hypernetwork(
         run.data,
         run.zoo,
@@ -135,14 +137,23 @@ def _train_baselines(run: SuiteRun, progress: Progress) -> Trained:
         preset.seed,
         partial(progress.advance, bar),
     )
-    return Trained(space, restricted, regularised, hypernetwork)
+    return Trained(space, _universal_heads(run, progress), hypernetwork)
 
 
-def _regularised(run: SuiteRun, recipe: HeadRecipe) -> HeadRecipe:
-    settings = run.preset.suites.accuracy
-    return recipe.model_copy(
-        update={"label_smoothing": settings.label_smoothing, "feature_dropout": settings.feature_dropout}
-    )
+def _universal_heads(run: SuiteRun, progress: Progress) -> dict[str, Tensor]:
+    """The `UNIVERSALS`: as the zoo has it and regularised, each also with further steps on tasks."""
+    preset, split = run.preset, run.zoo.split
+    recipe, further = preset.zoo.universal, preset.suites.accuracy.restricted_universal
+    smoothed, further_smoothed = regularised(preset, recipe), regularised(preset, further)
+    bar = progress.add_task("universal heads", total=smoothed.steps + 2 * further.steps)
+    on_step = partial(progress.advance, bar)
+    plain, smooth = run.zoo.universal, universal_head(run.data, split, preset, smoothed, on_step)
+    return {
+        "universal": plain,
+        RESTRICTED: restricted_universal_head(run.data, split, preset, plain, further, on_step),
+        REGULARISED: smooth,
+        RESTRICTED_REGULARISED: restricted_universal_head(run.data, split, preset, smooth, further_smoothed, on_step),
+    }
 
 
 def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, progress: Progress) -> dict[str, Any]:
@@ -151,9 +162,8 @@ def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, pro
     heads = baseline_heads(data, run.zoo, tasks) | {
         "nearest zoo head by classes": overlapping_heads(data, run.zoo, tasks),
         "average of nearest zoo heads": neighbours,
-        "universal, trained on tasks": trained.restricted,
-        REGULARISED: trained.regularised,
-        "MLP hypernetwork": trained.hypernetwork(tasks),
+        **trained.universals,
+        "MLP hypernetwork": trained.hypernetwork.heads(tasks),
     }
     bar = progress.add_task(f"{name}: generating", total=len(preset.evaluation.samplers))
     for sampler, steps in preset.evaluation.samplers:
@@ -169,8 +179,13 @@ def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, pro
     scores |= {"chance": np.array([1 / len(task) for task in tasks]), "oracle": oracle.pop("scores")}
     scores["oracle without regularising"] = plain["scores"]
     targets = oracles["universal"][0]  # (M, P)
-    errors = {method: weight_error(trained.space, weights, targets) for method, weights in heads.items()}
-    errors["oracle"] = weight_error(trained.space, targets, targets)
+    errors: dict[str, float | None] = {
+        method: weight_error(trained.space, weights, targets) for method, weights in heads.items()
+    }
+    errors |= {
+        "oracle": _oracle_error(trained.space, oracles, oracle["start"]),
+        "oracle without regularising": _oracle_error(trained.space, oracles, plain["start"]),
+    }
     if len(oracles["universal"]) > 1:
         oracle["weight_error_of_another_seed"] = weight_error(trained.space, oracles["universal"][1], targets)
     return {
@@ -211,7 +226,7 @@ def _oracles(run: SuiteRun, name: str, tasks: Tasks, progress: Progress) -> dict
             seed,
             partial(progress.advance, bar),
         )
-        heads[REGULARISED] = train_heads(run, tasks, _regularised(run, preset.evaluation.oracle), seed)
+        heads[REGULARISED] = train_heads(run, tasks, regularised(preset, preset.evaluation.oracle), seed)
         progress.advance(bar, len(tasks))
         by_seed.append(heads)
     return {start: [heads[start] for heads in by_seed] for start in ORACLES}
@@ -237,13 +252,20 @@ def _best_oracle(scores: dict[str, np.ndarray], seeds: int, oracles: Sequence[st
     }
 
 
+def _oracle_error(space: WeightSpace, oracles: dict[str, list[Tensor]], start: str) -> float | None:
+    """Mean over seeds of the weight error of one of `ORACLES`; none where its heads are those that errors are to."""
+    targets = oracles["universal"][0]  # (M, P)
+    errors = [weight_error(space, heads, targets) for heads in oracles[start] if heads is not targets]
+    return float(np.mean(errors)) if errors else None
+
+
 def _held_out_pairs_per_task(split: TaskSplit, tasks: Tasks) -> float:
     counts = [sum(one in task and other in task for one, other in split.held_out.pairs) for task in map(set, tasks)]
     return float(np.mean(counts))
 
 
 def summarise_split(
-    scores: dict[str, np.ndarray], errors: dict[str, float], resamples: int, seed: int
+    scores: dict[str, np.ndarray], errors: dict[str, float | None], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Means, intervals and shares of the gap between the best universal head and the oracle.
 
@@ -284,13 +306,19 @@ def report(result: dict[str, Any]) -> str:
         f"{result['held_out']['pairs']} class pairs held out. Accuracy in %; {result['oracle_seeds']} oracle seeds.",
         markdown_table(["head", *splits], rows),
     ]
+    chosen = result["hypernetwork"]
+    parts.append(
+        f"The MLP hypernetwork, of a grid and by its error on a tenth of the zoo: width {chosen['width']}, "
+        f"learning rate {chosen['learning_rate']:g}, weight decay {chosen['weight_decay']:g}."
+    )
     parts += [f"{name} does not apply: {reason}." for name, reason in result["not_applicable"].items()]
     for title, entry in splits.items():
         parts += [f"### {title.capitalize()}", _describe_split(entry), _split_table(entry, result)]
     parts.append(
         "Gap closed is (method - best universal head) / (oracle - best universal head); both ends count with label "
         "smoothing and feature dropout where these help. Weight error is the mean "
-        "squared difference, in standardised numbers, to a head trained on the task's data from the universal head. "
+        "squared difference, in standardised numbers, to a head trained on the task's data from the universal head, "
+        "without regularisers, the first seed; an oracle's own is the mean over its seeds but for that one. "
         "Intervals are 95 % bootstrap intervals over tasks, paired."
     )
     return "\n\n".join(parts) + "\n"

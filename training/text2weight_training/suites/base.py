@@ -5,6 +5,7 @@ Letters: M tasks, J heads, N test features of a task, K its classes, P numbers i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from text2weight.generator import Generator
-from text2weight_training.files import TrainingDataError
+from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.presets import Preset
 from text2weight_training.stacked import HeadRecipe, stacked_logits, train_in_stacks
 from text2weight_training.tasks import TaskData
@@ -73,6 +74,29 @@ def method_name(sampler: str, steps: int) -> str:
     return f"{sampler}/{steps}"
 
 
+def regularised(preset: Preset, recipe: HeadRecipe) -> HeadRecipe:
+    """A recipe with the label smoothing and feature dropout that `suites.accuracy` names."""
+    settings = preset.suites.accuracy
+    return recipe.model_copy(
+        update={"label_smoothing": settings.label_smoothing, "feature_dropout": settings.feature_dropout}
+    )
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """A JSON file's content; empty where it is not there or damaged, for what can be made again."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def write_kept(path: Path, content: dict[str, Any]) -> None:
+    """Write what `read_kept` reads, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")
+
+
 def train_heads(
     run: SuiteRun,
     tasks: list[Task],
@@ -80,6 +104,7 @@ def train_heads(
     seed: int,
     start: Tensor | None = None,
     on_weights: Callable[[int, Tensor], None] | None = None,
+    on_stack: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Heads trained on tasks' own data, in the preset's stacks.
 
@@ -90,6 +115,7 @@ def train_heads(
         seed: of the samples drawn.
         start: (P,) or (M, P) initial weights; without them the universal head.
         on_weights: called as by `train_in_stacks`.
+        on_stack: likewise.
 
     Returns:
         (M, P).
@@ -105,7 +131,8 @@ def train_heads(
         recipe,
         seed,
         preset.zoo.stack,
-        on_weights=on_weights,
+        on_stack,
+        on_weights,
     )
 
 

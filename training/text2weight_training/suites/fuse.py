@@ -20,7 +20,15 @@ from text2weight.merging import average, git_rebasin, task_arithmetic, ties
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
 from text2weight_training.files import TrainingDataError
-from text2weight_training.suites.base import SuiteRun, Task, method_name, task_accuracy, task_logits, train_heads
+from text2weight_training.suites.base import (
+    SuiteRun,
+    Task,
+    method_name,
+    regularised,
+    task_accuracy,
+    task_logits,
+    train_heads,
+)
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.regmean import layer_grams, regmean
 from text2weight_training.suites.tables import markdown_table, percent, points
@@ -55,10 +63,8 @@ def run(run: SuiteRun) -> dict[str, Any]:
     """
     settings, preset = run.preset.suites.fuse, run.preset
     pairs = draw_pairs(run, settings.pairs, settings.task_size)
-    trained = {
-        part: train_heads(run, [getattr(pair, part) for pair in pairs], preset.evaluation.oracle, preset.seed)
-        for part in SCORES
-    }
+    recipe = regularised(preset, preset.evaluation.oracle)
+    trained = {part: train_heads(run, [getattr(pair, part) for pair in pairs], recipe, preset.seed) for part in SCORES}
     sampler, steps = settings.samplers[0]
     made = {part: _generate(run, [getattr(pair, part) for pair in pairs], sampler, steps) for part in SCORES}
     union = _union_name(sampler, steps)

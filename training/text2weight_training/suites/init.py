@@ -26,6 +26,7 @@ from text2weight_training.suites.base import (
     SuiteRun,
     Task,
     method_name,
+    regularised,
     take_tasks,
     task_accuracy,
     task_loss,
@@ -116,9 +117,9 @@ def _describe(run: SuiteRun, curves: Curves, lead: Curves, oracle: np.ndarray) -
 
 
 def _oracle(run: SuiteRun, tasks: list[Task]) -> np.ndarray:
-    """Accuracy of heads trained from the universal head by `evaluation.oracle`, mean over seeds: (M,)."""
-    seeds = run.preset.suites.init.seeds
-    heads = train_heads(run, tasks * seeds, run.preset.evaluation.oracle, run.preset.seed + 77)  # (S M, P)
+    """Accuracy of heads trained from the universal head by the regularised oracle recipe, mean over seeds: (M,)."""
+    seeds, recipe = run.preset.suites.init.seeds, regularised(run.preset, run.preset.evaluation.oracle)
+    heads = train_heads(run, tasks * seeds, recipe, run.preset.seed + 77)  # (S M, P)
     by_seed = heads.view(seeds, len(tasks), -1)  # (S, M, P)
     return np.array([float(task_accuracy(run, by_seed[:, i], task).mean()) for i, task in enumerate(tasks)])
 
@@ -275,7 +276,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['tasks']} unseen tasks, {result['seeds']} seeds. Accuracy in % before training, after {few} and "
         f"after {last} steps, and how many points {result['headline']} is ahead by. The learning rate of each start is "
         f"the one with the best accuracy at the end on {result['tuning_tasks']} other unseen tasks; * marks one at the "
-        f"edge of the grid. Oracle (from the universal head): {percent(result['oracle'])}.\n\n"
+        f"edge of the grid. Oracle (from the universal head, regularised): {percent(result['oracle'])}.\n\n"
         + markdown_table(
             [
                 "start",

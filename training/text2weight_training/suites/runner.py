@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from text2weight_training.evaluate import load_generator
 from text2weight_training.files import atomic_path
 from text2weight_training.presets import Preset
 from text2weight_training.suites import choose_suites, load_suite
-from text2weight_training.suites.base import SuiteRun
+from text2weight_training.suites.base import SuiteRun, read_kept
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
@@ -25,6 +26,8 @@ def run_suites(
 ) -> Iterator[dict[str, Any]]:
     """Run suites one after the other, each written to `out`/NAME.json when it is done.
 
+    A result that is there already, of the same checkpoint, data, zoo, preset and settings, is kept.
+
     Args:
         names: suites, or "all".
         data: features and embeddings, the zoo's own.
@@ -35,7 +38,8 @@ def run_suites(
 
     Yields:
         what was written: `format`, `suite`, `checkpoint` (its sha256), `settings`, `seed`, `backbone`, `created_by`,
-        `seconds` (wall time), and the suite's own `result`.
+        `origin` (hash of all that decides the result), `seconds` (wall time), and the suite's own `result`; of a
+        result that was there, also `kept`.
 
     Raises:
         TrainingDataError: an unknown suite, a zoo or checkpoint that does not fit, or too little data for a suite.
@@ -45,6 +49,11 @@ def run_suites(
     run = SuiteRun(data, zoo, load_generator(checkpoint, data, zoo, preset), preset, out)
     out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
+        origin = _origin(run, name)
+        there = read_kept(out / f"{name}.json")
+        if there.get("origin") == origin:
+            yield there | {"kept": True}
+            continue
         started = time.perf_counter()
         result = load_suite(name).run(run)
         written = {
@@ -55,12 +64,31 @@ def run_suites(
             "seed": preset.seed,
             "backbone": data.backbone["name"],
             "created_by": created_by(),
+            "origin": origin,
             "seconds": round(time.perf_counter() - started, 1),
             "result": result,
         }
         with atomic_path(out / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
         yield written
+
+
+def _origin(run: SuiteRun, name: str) -> str:
+    """Hash of all that a suite's result is made of."""
+    suites = run.preset.suites
+    made_of = {
+        "suite": name,
+        "created_by": created_by(),
+        "checkpoint": run.generator.checkpoint_hash,
+        "data": [run.data.fingerprint, run.data.condition_fingerprint],
+        "zoo": run.zoo.manifest,
+        "preset": run.preset.run_description(),
+        # As they are in memory: results show two tables or folders of one name alike.
+        "settings": repr(getattr(suites, name)),
+        # Several suites train heads with them.
+        "regularisers": [suites.accuracy.label_smoothing, suites.accuracy.feature_dropout],
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
 def with_pictures(preset: Preset, images: Path | None, backbone: str | None) -> Preset:

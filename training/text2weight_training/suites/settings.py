@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -20,7 +21,7 @@ from pydantic import (
 )
 
 from text2weight.samplers import SamplerName
-from text2weight_training.stacked import HeadRecipe, Recipe, RegularisingShare
+from text2weight_training.stacked import HeadRecipe, RegularisingShare
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Between = Annotated[float, Field(gt=0, lt=1)]
@@ -60,18 +61,43 @@ class SuiteSettings(BaseModel):
     bootstrap: PositiveInt = 2000
 
 
+class HypernetworkSettings(BaseModel):
+    """How the MLP hypernetwork is trained: with every combination of these values, of which the best is kept.
+
+    Attributes:
+        steps: optimiser steps of each combination.
+        batch_size: zoo heads per step.
+        learning_rates: of AdamW.
+        weight_decays: of AdamW.
+        widths: shares of the width at which it is as large as the denoiser.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: PositiveInt = 2000
+    batch_size: PositiveInt = 64
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(3e-4, 1e-3, 3e-3), min_length=1)
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(default=(0.01, 0.3), min_length=1)
+    widths: tuple[Share, ...] = Field(default=(0.25, 1.0), min_length=1)
+
+    @property
+    def total_steps(self) -> int:
+        """Of all combinations together."""
+        return self.steps * len(self.learning_rates) * len(self.weight_decays) * len(self.widths)
+
+
 class AccuracySettings(SuiteSettings):
     """Every baseline on every split.
 
     Attributes:
         tasks: tasks of each split, or all it has.
         oracle_seeds: heads trained on each task's own data, from each start.
-        label_smoothing: of the regularised versions of the universal head and of the oracle.
+        label_smoothing: of the regularised versions of the universal heads and of the oracle.
         feature_dropout: likewise. Nothing else differs from their recipes.
         restricted_universal: recipe of the universal head that is trained on tasks; `batch_size` counts
             samples per task.
         restricted_tasks: tasks per step of it.
-        hypernetwork: recipe of the MLP hypernetwork; `batch_size` counts zoo heads per step.
+        hypernetwork: see `HypernetworkSettings`.
     """
 
     tasks: PositiveInt = 200
@@ -80,7 +106,33 @@ class AccuracySettings(SuiteSettings):
     feature_dropout: RegularisingShare = 0.1
     restricted_universal: HeadRecipe = HeadRecipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=1.0)
     restricted_tasks: PositiveInt = 16
-    hypernetwork: Recipe = Recipe(steps=2000, batch_size=64, learning_rate=1e-3, weight_decay=0.01)
+    hypernetwork: HypernetworkSettings = HypernetworkSettings()
+
+
+class HeadlineSettings(SuiteSettings):
+    """The gap to a tuned oracle on fresh class combinations.
+
+    Attributes:
+        tasks: number of fresh combinations.
+        generation_seeds: heads generated for each of them.
+        samplers: (sampler, steps) pairs, beside the checkpoint's default.
+        tuning_tasks: other fresh combinations, on which the oracle is tuned.
+        learning_rates: of the oracle, among which it is tuned.
+        weight_decays: likewise.
+        steps: likewise.
+        oracle_seeds: trainings of each task by the tuned recipe.
+        regularised_seeds: likewise, by the one with label smoothing and feature dropout.
+    """
+
+    tasks: PositiveInt = 500
+    generation_seeds: PositiveInt = 3
+    samplers: tuple[SamplerSteps, ...] = (("mean", 1), ("ddim", 4), ("ddim", 20))
+    tuning_tasks: PositiveInt = 32
+    learning_rates: tuple[PositiveFloat, ...] = Field(default=(5e-4, 1e-3, 2e-3, 4e-3), min_length=1)
+    weight_decays: tuple[NonNegativeFloat, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
+    steps: tuple[PositiveInt, ...] = Field(default=(300, 600, 1200), min_length=1)
+    oracle_seeds: PositiveInt = 3
+    regularised_seeds: PositiveInt = 1
 
 
 class DenoisingSettings(SuiteSettings):
@@ -315,6 +367,7 @@ class SuitesSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     accuracy: AccuracySettings = AccuracySettings()
+    headline: HeadlineSettings = HeadlineSettings()
     denoising: DenoisingSettings = DenoisingSettings()
     reading: ReadingSettings = ReadingSettings()
     fuse: FuseSettings = FuseSettings()
@@ -328,6 +381,7 @@ class SuitesSettings(BaseModel):
     def samplers(self) -> Iterator[SamplerSteps]:
         """Every (sampler, steps) pair that a suite asks for."""
         for settings in (
+            self.headline,
             self.denoising,
             self.reading,
             self.fuse,
