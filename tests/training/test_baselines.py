@@ -34,7 +34,7 @@ from text2weight_training.files import TrainingDataError
 from text2weight_training.hypernetwork import Hypernetwork, describe_tasks, matching_width, train_hypernetwork
 from text2weight_training.splits import draw_fresh_tasks
 from text2weight_training.stacked import HeadRecipe, stacked_logits
-from text2weight_training.suites.base import regularised
+from text2weight_training.suites.base import plain, regularised
 from text2weight_training.suites.settings import HypernetworkSettings
 from text2weight_training.tasks import ClassFeatures, TaskData, task_embeddings
 
@@ -130,6 +130,7 @@ def test_regularised_baselines_differ_from_the_plain_ones_by_the_regularisers_al
     assert regularised(preset, recipe) == HeadRecipe(
         **recipe.model_dump() | {"label_smoothing": 0.1, "feature_dropout": 0.2}
     )
+    assert plain(regularised(preset, recipe)) == recipe
 
 
 def test_weight_error_by_hand(toy: Toy) -> None:

@@ -35,7 +35,7 @@ from text2weight_training.feature_classifiers import (
 )
 from text2weight_training.files import TrainingDataError
 from text2weight_training.hypernetwork import TrainedHypernetwork, train_hypernetwork
-from text2weight_training.suites.base import SuiteRun, regularised, train_heads
+from text2weight_training.suites.base import SuiteRun, plain, regularised, train_heads
 from text2weight_training.suites.figures import new_figure, save_figure
 from text2weight_training.suites.tables import markdown_table
 from text2weight_training.tasks import TaskSplit
@@ -221,7 +221,7 @@ def _oracles(run: SuiteRun, name: str, tasks: Tasks, progress: Progress) -> dict
             tasks,
             preset.head,
             preset.logit_scale,
-            preset.evaluation.oracle,
+            plain(preset.evaluation.oracle),
             preset.zoo.stack,
             seed,
             partial(progress.advance, bar),

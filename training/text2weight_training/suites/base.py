@@ -82,6 +82,11 @@ def regularised(preset: Preset, recipe: HeadRecipe) -> HeadRecipe:
     )
 
 
+def plain(recipe: HeadRecipe) -> HeadRecipe:
+    """A recipe without label smoothing and feature dropout, which some presets' own recipes have."""
+    return recipe.model_copy(update={"label_smoothing": 0.0, "feature_dropout": 0.0})
+
+
 def read_kept(path: Path) -> dict[str, Any]:
     """A JSON file's content; empty where it is not there or damaged, for what can be made again."""
     try:

@@ -32,6 +32,7 @@ from text2weight_training.suites.base import (
     Task,
     method_name,
     own_accuracy,
+    plain,
     read_kept,
     regularised,
     train_heads,
@@ -109,7 +110,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
     tuning, tasks = draw_tasks(run)
     ledger = Ledger(run.out / "headline" / "scores.json", _origin(run, tuning, tasks))
     wanted = {
-        PLAIN: (preset.evaluation.oracle, settings.oracle_seeds),
+        PLAIN: (plain(preset.evaluation.oracle), settings.oracle_seeds),
         REGULARISED: (regularised(preset, preset.evaluation.oracle), settings.regularised_seeds),
     }
     oracles, scores = {}, {}
