@@ -179,6 +179,9 @@ def _fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(_bytes_of(tensor))
+    # The same weights give other embeddings with another activation.
+    if any(type(module).__name__ == "QuickGELU" for module in model.modules()):
+        digest.update(b"QuickGELU")
     return digest.hexdigest()
 
 

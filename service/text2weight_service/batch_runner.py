@@ -186,20 +186,24 @@ class BatchRunner:
         self.ladder.shrink(rows)
         self._metrics.ladder_rows.set(self.ladder.most)
         log.warning("out of memory, making smaller calls", rows=rows, largest=self.ladder.most)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        _give_memory_back()
 
     def _with_memory(self, call: Callable[[], Result]) -> Result:
-        """Make a call for one item; where memory runs out, leave it more and make the call once more."""
+        """Make a call for one item; where memory runs out, give back what is cached and make it once more.
+
+        Only if that helps are calls too large; else it is the item that is.
+        """
         try:
             with self.watch:
                 return call()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        self._shrink(self.ladder.most)
+        _give_memory_back()
         with self.watch:
-            return call()
+            result = call()
+        self._shrink(self.ladder.most)
+        return result
 
     def _advance(self, samples: Sequence[Sample], rows: int) -> float:
         """Make a call; returns its seconds."""
@@ -272,3 +276,8 @@ class BatchRunner:
             embeddings = torch.eye(len(_WARM_UP_CLASSES), encoder.embedding_dim)  # (K, D)
         text = ConditionText(embeddings, "warm-up")  # nor need a checkpoint's own condition texts
         return GenerationRequest(_WARM_UP_CLASSES, embeddings, 0, steps, sampler, condition_text=text)
+
+
+def _give_memory_back() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -5,14 +5,13 @@ Letters: N pictures, K classes, R side in pixels, D features.
 
 from __future__ import annotations
 
-import asyncio
 import io
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from text2weight.errors import ArtifactError, InvalidInputError
 from text2weight.head import apply_heads, class_logits
 from text2weight_service.engine import BusyError
 from text2weight_service.model import Model
-from text2weight_service.work_queue import DeadlineError
+from text2weight_service.uploads import run_in_time
 
 MAX_PICTURES = 16
 MAX_PIXELS = 25_000_000
@@ -108,10 +107,7 @@ class PictureClassifier:
         """
         gone = threading.Event()
         try:
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, self._work, job, gone)
-        except TimeoutError:
-            raise DeadlineError from None
+            return await run_in_time(self._thread, partial(self._work, job, gone), job.deadline)
         finally:
             gone.set()
 

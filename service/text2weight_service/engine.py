@@ -47,6 +47,9 @@ LONGEST_CALL_S = 120.0
 _SURE = 0.8
 # Where nothing runs, a refusal by estimates older than this has the self-check measure anew.
 _STALE_S = 2.0
+# An idle thread needs a moment to notice that it is over, and a busy one the rest of its call.
+_WAKE_UP_S = 0.1
+_LAST_CALL_S = 1.0
 # Progress that a stream's slow reader can catch up on.
 _MOST_UNREAD = 32
 _FEW_CLASSES = Shape(CLASS_MULTIPLE, guided=False)
@@ -233,12 +236,15 @@ class Engine:
         assert self._drain_ends_at is not None
         self._queue.close()
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join, max(self._drain_ends_at - time.monotonic(), 0.0))
+            left_s = self._drain_ends_at - time.monotonic()
+            await asyncio.to_thread(self._thread.join, max(left_s, _WAKE_UP_S))
         if self._thread.is_alive():
             left = self._queue.fail_waiting()
             log.warning("drain timeout is over", unanswered=left, timeout_s=self.settings.drain_timeout_s)
             if self._loaded is not None:
                 self._loaded.runner.stop = True
+            # torch must not be within a call when the interpreter ends, if that can be helped.
+            await asyncio.to_thread(self._thread.join, _LAST_CALL_S)
         if self._background:
             await asyncio.wait(self._background)
         if self._redis is not None:

@@ -59,7 +59,8 @@ class Flights:
             Exception: whatever the computation raises.
         """
         flight = self._flights.get(key)
-        if flight is None:
+        # One that is done but not yet taken off the list was refused or failed for others' reasons.
+        if flight is None or (flight.task is not None and flight.task.done()):
             flight = self._flights[key] = Flight(deadline)
             flight.task = asyncio.create_task(compute(flight))
             flight.task.add_done_callback(lambda task: self._landed(key, task))

@@ -31,7 +31,10 @@ _RETRY_AFTER_S = 1
 
 
 class Uploads:
-    """Bounds what uploads under way may hold, and works on them one at a time, off the event loop."""
+    """Bounds what uploads under way may hold, and works on them one at a time, off the event loop.
+
+    One more may be held: the one that the thread works on when its caller is gone.
+    """
 
     def __init__(self, max_bytes: int, most: int) -> None:
         """Prepare the room.
@@ -53,7 +56,9 @@ class Uploads:
             BusyError: the others leave no room for the length that it announces.
         """
         announced = request.headers.get("content-length", "")
-        size = int(announced) if announced.isdecimal() else self._max_bytes
+        # A body in chunks is as long as its chunks, whatever length is announced beside them.
+        known = announced.isdecimal() and "transfer-encoding" not in request.headers
+        size = int(announced) if known else self._max_bytes
         taken = max(min(size, self._max_bytes), self._least)  # a larger one is refused as it is read
         if taken > self._free:
             raise BusyError("the uploads under way leave no room for this one", _RETRY_AFTER_S)
@@ -71,13 +76,29 @@ class Uploads:
             deadline: `time.monotonic()` at which the caller gives up.
 
         Raises:
-            DeadlineError: not finished in time; what was not begun by then never is.
+            DeadlineError: not finished in time.
         """
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except TimeoutError:
-            raise DeadlineError from None
+        return await run_in_time(self._thread, work, deadline)
+
+
+async def run_in_time(thread: ThreadPoolExecutor, work: Callable[[], Result], deadline: float) -> Result:
+    """Have a thread do some work until a deadline, a `time.monotonic()`.
+
+    Work that was not begun by then, or when the caller was cancelled, never is, and what it holds is let go at once:
+    the thread's queue would keep it until its turn.
+
+    Raises:
+        DeadlineError: not finished in time.
+    """
+    slot = [work]
+    del work  # or the traceback that the cancelled future keeps would hold it
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await asyncio.get_running_loop().run_in_executor(thread, lambda: slot.pop()())
+    except TimeoutError:
+        raise DeadlineError from None
+    finally:
+        slot.clear()
 
 
 async def _uploads(request: Request) -> Uploads:

@@ -98,6 +98,15 @@ class TestOpenClip:
         before = OpenClipTextEncoder.from_directory(clip_folder).fingerprint
         assert OpenClipTextEncoder.from_directory(changed).fingerprint != before
 
+    def test_the_fingerprint_tells_activations_apart(self, clip_folder: Path, tmp_path: Path) -> None:
+        changed = tmp_path / "changed"
+        shutil.copytree(clip_folder, changed)
+        config = {"model_cfg": MODEL_CONFIG | {"quick_gelu": True}, "preprocess_cfg": {}}
+        (changed / "open_clip_config.json").write_text(json.dumps(config))
+        one, other = (OpenClipTextEncoder.from_directory(folder) for folder in (clip_folder, changed))
+        assert not torch.equal(one.encode(["apple"]), other.encode(["apple"]))
+        assert one.fingerprint != other.fingerprint
+
     @pytest.mark.parametrize("missing", ["open_clip_config.json", "open_clip_model.safetensors"])
     def test_a_folder_must_be_whole(self, clip_folder: Path, tmp_path: Path, missing: str) -> None:
         # Without the weights open_clip would go on with random ones.

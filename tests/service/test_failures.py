@@ -106,7 +106,7 @@ async def test_out_of_memory_makes_calls_smaller_for_a_while(model: FakeModel, e
 
 @pytest.mark.parametrize("where", ["begin", "preview", "finish"])
 @pytest.mark.parametrize("times", [1, 2])
-async def test_out_of_memory_between_calls_makes_them_smaller_and_is_tried_once_more(
+async def test_out_of_memory_between_calls_is_tried_once_more_and_makes_them_smaller_if_that_helps(
     model: FakeModel, monkeypatch: pytest.MonkeyPatch, where: str, times: int
 ) -> None:
     async with running(model, max_batch_size=8) as engine:
@@ -123,7 +123,7 @@ async def test_out_of_memory_between_calls_makes_them_smaller_and_is_tried_once_
         else:
             with pytest.raises(GenerationFailedError):
                 await watch(engine)
-        assert metric(engine, "t2w_largest_call_rows") == 4
+        assert metric(engine, "t2w_largest_call_rows") == (4 if times == 1 else 8)
         assert (await engine.generate(job("next", "bus"))).data
         assert engine.alive
 

@@ -1,11 +1,15 @@
 """Room for uploads: those under way are bounded in bytes and in number, worked on one by one, and in time."""
 
+import contextlib
+import gc
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +20,8 @@ from tests.service.forms import a_head, post
 from tests.service.live import Live, serve, wait_for
 from tests.service.test_bad_input import assert_problem
 from text2weight_service import fuse_routes
-from text2weight_service.uploads import LARGEST_AT_ONCE
+from text2weight_service.uploads import LARGEST_AT_ONCE, run_in_time
+from text2weight_service.work_queue import DeadlineError
 
 HEAD = a_head("apple", "bus").to_bytes()
 MAX_UPLOAD_BYTES = 3_000_000
@@ -58,6 +63,40 @@ def test_uploads_under_way_are_bounded(model: FakeModel, path: str, queue_size: 
             assert int(refused.headers["retry-after"]) > 0
             assert live.generate("apple", "bus").status_code == 200
         wait_for(lambda: upload().status_code == 200, "room again")
+
+
+def test_a_length_beside_chunks_is_not_believed(model: FakeModel) -> None:
+    start = START.replace(b"Content-Length: %d", b"Content-Length: %d\r\nTransfer-Encoding: chunked")
+    with (
+        serve(lambda _: model, max_upload_bytes=MAX_UPLOAD_BYTES) as live,
+        ExitStack() as open_ones,
+    ):
+        for _ in range(LARGEST_AT_ONCE):
+            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=10))
+            head, _, part = (start % (b"/enhance", 1)).partition(b"\r\n\r\n")
+            one.sendall(b"%s\r\n\r\n%x\r\n%s\r\n" % (head, len(part), part))
+        wait_for(lambda: post(live.client, "/enhance", {"strength": 0.5}, HEAD).status_code == 429, "a full house")
+
+
+async def test_work_that_was_not_begun_in_time_is_let_go() -> None:
+    class Upload:
+        pass
+
+    async def run_late(upload: Upload) -> None:
+        with contextlib.suppress(DeadlineError):
+            await run_in_time(thread, partial(id, upload), time.monotonic() + 0.05)
+
+    go_on, upload = threading.Event(), Upload()
+    gone = weakref.ref(upload)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(go_on.wait, 20)
+        try:
+            await run_late(upload)
+            del upload
+            gc.collect()
+            assert gone() is None
+        finally:
+            go_on.set()
 
 
 def test_merges_keep_their_deadline_and_their_number(model: FakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,9 +235,11 @@ def baselines(toy: Toy, data: TaskData) -> dict[str, torch.Tensor]:
     answers = train_teacher(data, split, TeacherSettings(width=16, epochs=2, batch_size=64), 0)
     rows = [slice(int(data.train.starts[label]), int(data.train.starts[label + 1])) for label in range(12)]
     return {
-        "universal, trained on tasks": restricted_universal_head(data, zoo, preset),
+        "universal, trained on tasks": restricted_universal_head(
+            data, split, preset, zoo.universal, preset.suites.accuracy.restricted_universal
+        ),
         "universal, regularised": universal_head(data, split, preset, recipe, lambda: None),
-        "hypernetwork": hypernetwork(tasks),
+        "hypernetwork": hypernetwork.heads(tasks),
         "ridge": ridge_heads(described, zoo, asked),
         "neighbours": neighbour_average_heads(data, zoo, tasks, preset.head)[0],
         "teacher": torch.cat([answers[rows[label]] for label in split.held_out.training_classes(12)]),

@@ -17,6 +17,7 @@ from text2weight_training.baselines import accuracies
 from text2weight_training.evaluate import generate_heads
 from text2weight_training.files import TrainingDataError
 from text2weight_training.fit import Fit
+from text2weight_training.loss_watch import DivergedError
 from text2weight_training.presets import Preset, load_preset
 from text2weight_training.suites import ablation
 from text2weight_training.suites.base import SuiteRun
@@ -240,6 +241,27 @@ def test_variants_that_do_not_apply_are_named(suite_run: SuiteRun, tmp_path: Pat
     result = ablation.run(run)
     assert set(result["variants"]) == {"full"}
     assert "`class_path` is left out: the preset has nothing that it could change." in ablation.report(result)
+
+
+def test_a_variant_that_diverges_leaves_the_others(
+    suite_run: SuiteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging = "symmetry_loss"
+    finish = ablation._finish
+
+    def diverge(run: SuiteRun, name: VariantName, *rest: Any) -> ablation.FinishedFit:
+        if name == diverging:
+            raise DivergedError("the loss exploded at step 3")
+        return finish(run, name, *rest)
+
+    monkeypatch.setattr(ablation, "_finish", diverge)
+    run = with_settings(replace(suite_run, out=tmp_path), variants=("full", "symmetry_loss"))
+    result = ablation.run(run)
+    assert set(result["variants"]) == {"full"}
+    assert "`symmetry_loss` is left out: the loss exploded at step 3." in ablation.report(result)
+    diverging = "full"
+    with pytest.raises(DivergedError):
+        ablation.run(run)
 
 
 def test_the_report_has_a_row_per_variant(toy_suites: ToySuites) -> None:

@@ -36,7 +36,7 @@ from text2weight_training.adversary import SAMPLER_CALLS, SAMPLES, Adversary, sa
 from text2weight_training.class_mixing import draw_class_mixing
 from text2weight_training.files import TrainingDataError, atomic_path
 from text2weight_training.given import GivenDraws, draw_given, partly_trained
-from text2weight_training.loss_watch import LossWatch
+from text2weight_training.loss_watch import DivergedError, LossWatch
 from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
 from text2weight_training.output_start import output_start
 from text2weight_training.presets import Preset
@@ -194,16 +194,16 @@ class Fit:
         return f"step {self.state.step}  {self.state.seconds:.0f} s  {values}"
 
     def _check(self, losses: dict[str, Tensor]) -> float:
-        """The loss to watch, once it and all the others are found sound."""
+        """The loss to watch, the same for all processes, once it and all the others are found sound."""
         # The adversary's part is left out: its size is up to the discriminator, and grows where that wins.
         watched = self._denoiser_total(losses).detach()
-        loss = float(self._accelerator.reduce(watched, "mean"))  # the same for all processes: they stop together
         broken = [f"{name} is not finite" for name, value in losses.items() if not math.isfinite(float(value))]
+        loss = float(self._accelerator.reduce(watched * math.nan if broken else watched, "mean"))
         complaint = broken[0] if broken else self._watch.complaint(loss)
         if complaint:
             saved = self._saved_step
             kept = "no state was saved" if saved is None else f"the state of step {saved} is kept in {self._state_file}"
-            raise TrainingDataError(f"{complaint} at step {self.state.step}: lower fit.learning_rate; {kept}")
+            raise DivergedError(f"{complaint} at step {self.state.step}: lower fit.learning_rate; {kept}")
         return loss
 
     def _step(self, done: float) -> dict[str, Tensor]:

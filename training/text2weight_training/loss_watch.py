@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterable
 from statistics import median
 
+from text2weight_training.files import TrainingDataError
+
 # How far above the median of the steps before a loss may lie. In sound fits with and without warm-up, noise as the
 # target, a teacher, mixed classes and a strong adversary it was at most 2.4 times; what diverges passes ten times
 # within a few steps, as the diffusion loss grows with the square of the output. Until the window is full it may be the
@@ -17,6 +19,10 @@ from statistics import median
 EXPLODED = 10.0
 # Steps the median is taken over: enough to even out batches, few enough to follow a loss that falls.
 WINDOW = 50
+
+
+class DivergedError(TrainingDataError):
+    """A training whose losses are no longer sound."""
 
 
 class LossWatch:

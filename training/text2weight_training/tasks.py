@@ -373,7 +373,7 @@ class TaskSplit:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all lists and of what is held out: equal where the same tasks are seen and unseen."""
+        """Hash of all lists and of what is held out: equal where they are the same, in the same order."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     @cached_property

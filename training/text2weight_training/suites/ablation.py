@@ -27,6 +27,7 @@ from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
 from text2weight_training.files import TrainingDataError, claim
 from text2weight_training.fit import Fit
+from text2weight_training.loss_watch import DivergedError
 from text2weight_training.presets import Preset
 from text2weight_training.suites.accuracy import SPLITS
 from text2weight_training.suites.base import SuiteRun, Task, method_name, read_kept, task_accuracy, write_kept
@@ -71,13 +72,20 @@ def run(run: SuiteRun) -> dict[str, Any]:
         difference to the same method of the variant `full`, task by task.
 
     Raises:
-        TrainingDataError: a fit diverges, or its folder belongs to another fit.
+        TrainingDataError: a fit's folder belongs to another fit, or the fit of `full` diverges.
     """
     settings = run.preset.suites.ablation
     seeds = [run.preset.seed + number for number in range(settings.seeds)]
     variants, not_applicable = _choose_variants(run.preset, seeds)
     tasks = _choose_tasks(run)
-    fits = {name: [_finish(run, name, variant, tasks) for variant in of_seeds] for name, of_seeds in variants.items()}
+    fits: dict[str, list[FinishedFit]] = {}
+    for name, of_seeds in variants.items():
+        try:
+            fits[name] = [_finish(run, name, variant, tasks) for variant in of_seeds]
+        except DivergedError as error:  # it would do so again, and the others can be compared
+            if name == FULL:
+                raise
+            not_applicable[name] = str(error)
     result = {
         "minutes": settings.minutes,
         "seeds": len(seeds),

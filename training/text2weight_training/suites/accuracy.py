@@ -147,10 +147,10 @@ def _universal_heads(run: SuiteRun, progress: Progress) -> dict[str, Tensor]:
     smoothed, further_smoothed = regularised(preset, recipe), regularised(preset, further)
     bar = progress.add_task("universal heads", total=smoothed.steps + 2 * further.steps)
     on_step = partial(progress.advance, bar)
-    plain, smooth = run.zoo.universal, universal_head(run.data, split, preset, smoothed, on_step)
+    given, smooth = run.zoo.universal, universal_head(run.data, split, preset, smoothed, on_step)
     return {
-        "universal": plain,
-        RESTRICTED: restricted_universal_head(run.data, split, preset, plain, further, on_step),
+        "universal": given,
+        RESTRICTED: restricted_universal_head(run.data, split, preset, given, further, on_step),
         REGULARISED: smooth,
         RESTRICTED_REGULARISED: restricted_universal_head(run.data, split, preset, smooth, further_smoothed, on_step),
     }
@@ -174,17 +174,17 @@ def _measure_split(run: SuiteRun, trained: Trained, name: str, tasks: Tasks, pro
     every = accuracies(data, preset.head, tasks, {**heads, **predictors(run), **by_seed})
     seeds = preset.suites.accuracy.oracle_seeds
     oracle = _best_oracle(every, seeds, ORACLES)
-    plain = _best_oracle(every, seeds, PLAIN_ORACLES)
+    unregularised = _best_oracle(every, seeds, PLAIN_ORACLES)
     scores = {method: values for method, values in every.items() if method not in by_seed}
     scores |= {"chance": np.array([1 / len(task) for task in tasks]), "oracle": oracle.pop("scores")}
-    scores["oracle without regularising"] = plain["scores"]
+    scores["oracle without regularising"] = unregularised["scores"]
     targets = oracles["universal"][0]  # (M, P)
     errors: dict[str, float | None] = {
         method: weight_error(trained.space, weights, targets) for method, weights in heads.items()
     }
     errors |= {
         "oracle": _oracle_error(trained.space, oracles, oracle["start"]),
-        "oracle without regularising": _oracle_error(trained.space, oracles, plain["start"]),
+        "oracle without regularising": _oracle_error(trained.space, oracles, unregularised["start"]),
     }
     if len(oracles["universal"]) > 1:
         oracle["weight_error_of_another_seed"] = weight_error(trained.space, oracles["universal"][1], targets)

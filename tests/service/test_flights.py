@@ -1,0 +1,30 @@
+"""Equal requests share one computation, but not one that has ended."""
+
+import asyncio
+import time
+
+import pytest
+
+from text2weight_service.flights import Flight, Flights
+from text2weight_service.metrics import Metrics
+from text2weight_service.work_queue import Generated, HopelessError
+
+
+async def test_nobody_joins_a_computation_that_was_refused_for_another() -> None:
+    flights, refuse = Flights(Metrics()), asyncio.Event()
+
+    async def refused(_: Flight) -> Generated:
+        await refuse.wait()
+        raise HopelessError("100 steps take about 1.0 s, 0.1 s are left")
+
+    async def computed(_: Flight) -> Generated:
+        return Generated(b"head", "key")
+
+    first = asyncio.create_task(flights.wait("key", time.monotonic() + 5, refused))
+    await asyncio.sleep(0.01)
+    refuse.set()
+    await asyncio.sleep(0)  # the computation has ended, and whoever waited for it does not know yet
+    second = await flights.wait("key", time.monotonic() + 5, computed)
+    assert second.data == b"head"
+    with pytest.raises(HopelessError):
+        await first
