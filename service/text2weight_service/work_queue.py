@@ -158,8 +158,9 @@ class WorkQueue:
         self._closed = False
         self._stopped = False
         self._woken = False
-        self._lock = threading.Lock()
-        # Two, because waking a thread that has nothing to do takes the processor from those that have.
+        self._lock = threading.RLock()
+        # One for each of the two threads that take: waking one that has nothing to do takes the processor from the
+        # other.
         self._texts_came = threading.Condition(self._lock)
         self._ready_came = threading.Condition(self._lock)
 

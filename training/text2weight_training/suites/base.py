@@ -90,10 +90,10 @@ def plain(recipe: HeadRecipe) -> HeadRecipe:
 def read_kept(path: Path) -> dict[str, Any]:
     """A JSON file's content; empty where it is not there or damaged, for what can be made again."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def write_kept(path: Path, content: dict[str, Any]) -> None:
