@@ -19,6 +19,7 @@ from text2weight_training.files import TrainingDataError
 from text2weight_training.model_cli import evaluate_app
 from text2weight_training.presets import Preset, load_preset
 from text2weight_training.suites import SUITES, choose_suites, load_suite
+from text2weight_training.suites.base import read_kept, write_kept
 from text2weight_training.suites.runner import run_suites, with_paraphrases
 from text2weight_training.zoo import Zoo
 
@@ -217,3 +218,13 @@ def test_too_few_tasks_or_classes_name_the_setting(toy: Toy, toy_run: ToyRun, tm
     refused("neighbours asks for 37 of 36 zoo heads", "memorisation", neighbours=(37,))
     assert not list(tmp_path.glob("*.json"))
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", "3"])
+def test_a_kept_file_that_holds_no_object_is_no_reason_to_stop(tmp_path: Path, content: str | None) -> None:
+    kept = tmp_path / "kept.json"
+    if content is not None:
+        kept.write_text(content)
+    assert read_kept(kept) == {}
+    write_kept(kept, {"a": 1})
+    assert read_kept(kept) == {"a": 1}
