@@ -106,7 +106,7 @@ def test_the_fit_mixes_its_fresh_items(toy: Toy, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(fit_module, "make_task_batch", watch)
     preset = toy_preset(fit__class_mixing=0.75, fit__steps=3)
     Fit(toy.data, toy.zoo, preset, tmp_path / "state.pt", "cpu").run()
-    assert len(seen) == 3
-    mixed = torch.stack([mixing.mixed_tasks for mixing in seen])  # (3, B)
+    assert len(seen) == 4  # three steps, and the look at what the last one made
+    mixed = torch.stack([mixing.mixed_tasks for mixing in seen])  # (4, B)
     assert not bool(mixed[:, : preset.fit.zoo_batch].any())
     assert bool(mixed[:, preset.fit.zoo_batch :].any())

@@ -97,6 +97,7 @@ def measured(clip: open_clip.CLIP, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("clip")
     out = folder / "run"
     recipe = {"steps": 10, "batch_size": 16, "learning_rate": 1e-2, "weight_decay": 0.0}
+    grid = {"steps": 10, "batch_size": 16, "learning_rates": [1e-2], "weight_decays": [0.0], "widths": [1.0]}
     preset = write_preset(
         folder / "preset.yaml",
         head={"input_dim": DIM, "hidden_dim": 4, "output_dim": DIM},
@@ -104,7 +105,7 @@ def measured(clip: open_clip.CLIP, tmp_path_factory: pytest.TempPathFactory) -> 
         | dict.fromkeys(("base", "universal", "heads"), recipe),
         fit__fresh_task_size=[2, 4],
         evaluation={"tasks": 3, "samplers": [["mean", 1]], "oracle": recipe, "bootstrap": 50},
-        suites={"accuracy": {"tasks": 3, "oracle_seeds": 1, "restricted_universal": recipe, "hypernetwork": recipe}}
+        suites={"accuracy": {"tasks": 3, "oracle_seeds": 1, "restricted_universal": recipe, "hypernetwork": grid}}
         | {"reading": {"tasks": 3}, "denoising": {"tasks": 3, "samplers": [["ddim", 4]]}, "memorisation": {"tasks": 3}},
     )
     (out / "data").mkdir(parents=True)
