@@ -230,14 +230,17 @@ class Engine:
         if self._drain_ends_at is None:
             self._drain_ends_at = time.monotonic() + self.settings.drain_timeout_s
 
+    @property
+    def drain_left_s(self) -> float:
+        """Seconds until the drain ends; below 0 when it is over, infinite before it began."""
+        return math.inf if self._drain_ends_at is None else self._drain_ends_at - time.monotonic()
+
     async def stop(self) -> None:
         """Drain within what is left of the drain timeout, then fail what is left and end the model's thread."""
         self.begin_drain()
-        assert self._drain_ends_at is not None
         self._queue.close()
         if self._thread.ident is not None:
-            left_s = self._drain_ends_at - time.monotonic()
-            await asyncio.to_thread(self._thread.join, max(left_s, _WAKE_UP_S))
+            await asyncio.to_thread(self._thread.join, max(self.drain_left_s, _WAKE_UP_S))
         if self._thread.is_alive():
             left = self._queue.fail_waiting()
             log.warning("drain timeout is over", unanswered=left, timeout_s=self.settings.drain_timeout_s)

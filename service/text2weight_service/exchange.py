@@ -41,7 +41,7 @@ async def require_ready(request: Request) -> Engine:
     Raises:
         NotReadyError: starting, draining or failed.
     """
-    engine: Engine = request.app.state.engine
+    engine = await _engine(request)
     if engine.phase is not Phase.READY:
         raise NotReadyError(engine.phase)
     return engine

@@ -61,10 +61,8 @@ async def live(engine: EngineDependency) -> Health:
 @router.get(
     "/health/ready", summary="Send requests only if this is 200", response_model=Health, responses=problem_docs(503)
 )
-async def ready(engine: EngineDependency) -> Health:
+async def ready(_: ReadyEngine) -> Health:
     """Tell whether the worker takes requests: not while it starts or drains."""
-    if engine.phase is not Phase.READY:
-        raise not_ready_problem(engine.phase)
     return Health(status="ready")
 
 

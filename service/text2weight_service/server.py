@@ -7,7 +7,6 @@ import math
 import resource
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -39,7 +38,6 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
         self._accepted: set[asyncio.Task[None]] | None = None
-        self._drain_ends_at = math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """React to SIGTERM and SIGINT; a second signal ends the wait."""
@@ -48,12 +46,11 @@ class DrainingServer(uvicorn.Server):
             return
         self._engine.begin_drain()
         self._accepted = set(self.server_state.tasks)
-        self._drain_ends_at = time.monotonic() + self._engine.settings.drain_timeout_s
 
     async def on_tick(self, counter: int) -> bool:
         """Tell uvicorn, which asks ten times a second, whether to close its sockets and end."""
         if self._accepted is not None and not self.should_exit:
-            left_s = self._drain_ends_at - time.monotonic()
+            left_s = self._engine.drain_left_s
             self.should_exit = left_s <= 0 or all(task.done() for task in self._accepted)
             # What is still open then: answers that clients are slow to read.
             self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))

@@ -299,17 +299,23 @@ def test_full_house_answers_429_and_blocks_nobody_else(
     assert post(service, head, good).status_code == 200
 
 
-def test_deadline(hurried: Live, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, calls, decode = threading.Event(), [], classify.picture_pixels
+def hold_pictures(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[str]]:
+    """From now on pictures are decoded only once the event is set; the list has the fields of those that came."""
+    gate, calls, decode = threading.Event(), list[str](), classify.picture_pixels
 
     def held(data: bytes, side: int, field: str) -> torch.Tensor:
         calls.append(field)
         assert gate.wait(20)
         return decode(data, side, field)
 
+    monkeypatch.setattr(classify, "picture_pixels", held)
+    return gate, calls
+
+
+def test_deadline(hurried: Live, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     good = encoded(picture())
     wait_for(lambda: post(hurried, head, good).status_code == 200, "a loaded backbone")
-    monkeypatch.setattr(classify, "picture_pixels", held)
+    gate, calls = hold_pictures(monkeypatch)
     assert_problem(post(hurried, head, good, good), 504, "deadline")
     gate.set()
     monkeypatch.undo()
@@ -320,16 +326,9 @@ def test_deadline(hurried: Live, head: bytes, monkeypatch: pytest.MonkeyPatch) -
 def test_nothing_is_computed_for_a_client_that_left(
     service: Live, head: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, calls, decode = threading.Event(), [], classify.picture_pixels
-
-    def held(data: bytes, side: int, field: str) -> torch.Tensor:
-        calls.append(field)
-        assert gate.wait(20)
-        return decode(data, side, field)
-
     good = encoded(picture())
     assert post(service, head, good).status_code == 200  # the backbone is loaded
-    monkeypatch.setattr(classify, "picture_pixels", held)
+    gate, calls = hold_pictures(monkeypatch)
     left = {"method": "POST", "route": "/classify", "status": "499"}
     before = service.metric("t2w_http_requests_total", **left)
     files = [("head", head), ("image", good), ("image", good)]
