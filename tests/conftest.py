@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# A shared machine may stall any single example; the whole test has a time limit of its own.
-settings.register_profile("text2weight", deadline=None, max_examples=50)
+# A shared machine may stall any single example, and the drawing of it; the whole test has a time limit of its own.
+settings.register_profile("text2weight", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("text2weight")
 
 # Nothing here may reach a model hub, whatever a library would like to look up.

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.patience import PATIENCE_S, PROCESS_S
 from text2weight.backbone import ARCHITECTURE, BACKBONE_FORMAT, IMAGENET_MEAN, IMAGENET_STD, small_image_resnet18
 from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
 from text2weight.denoiser import Denoiser, DenoiserConfig
@@ -29,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
 
 # Two processes that each import torch: seconds on an idle machine, minutes on a crowded one.
-pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(DEMO / "run_demo.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S, cwd=ROOT, check=False)
 
 
 def processes_at_port(port: str) -> list[str]:
@@ -154,7 +154,7 @@ def test_service_is_stopped_when_the_demo_is(checkpoint: Path, tmp_path: Path) -
         assert port
         assert processes_at_port(port[1])
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
     assert processes_at_port(port[1]) == []
 
 

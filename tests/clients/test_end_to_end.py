@@ -25,8 +25,6 @@ from text2weight_client import (
 from text2weight_client.cli import app
 
 # A service process that imports torch: seconds on an idle machine, minutes on a crowded one.
-pytestmark = pytest.mark.timeout(300)
-
 CLASSES = ("apple", "bus", "lizard")
 
 

@@ -23,8 +23,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 Run = Callable[..., str]
 CLASSES = ("apple", "pickup truck", "lizard")
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture(scope="module")
 def head(live_url: str) -> GeneratedHead:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PROCESS_S
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
@@ -29,7 +31,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def scan(checkout: Path) -> subprocess.CompletedProcess[str]:
     command = [str(checkout / ".ci/secrets"), str(BIN)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S, check=False)
 
 
 def test_a_secret_is_found(checkout: Path) -> None:
@@ -100,7 +102,12 @@ def audit(url: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "pins.txt").write_text("limits==1.0\n")
     command = [str(ROOT / ".ci/audit"), str(BIN), str(folder / "pins.txt")]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={"PATH": "/usr/bin:/bin", "OSV_URL": url}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_S,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "OSV_URL": url},
     )
 
 

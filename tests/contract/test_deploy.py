@@ -13,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from tests.patience import PROCESS_S
 from tests.service.registry import registered_metrics
 from tests.service.test_docs import rows
 from text2weight_service.app import create_app
@@ -65,7 +66,7 @@ def alerts() -> list[dict[str, Any]]:
 def run_where_installed(*command: str) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.patience import PROCESS_S
+
 ROOT = Path(__file__).resolve().parents[2]
 
 ROOMS = {
@@ -92,7 +94,7 @@ def distributions_by_module() -> dict[str, set[str]]:
 def loaded_modules(statement: str) -> set[str]:
     """Top-level names in sys.modules after running a statement in a fresh interpreter."""
     code = f"{statement}\nimport sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROCESS_S)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -29,6 +29,7 @@ import pytest
 import typer.main
 
 from tests.contract.markdown import PAGES, ROOT, SHELL, Block, anchors, blocks, commands, links
+from tests.patience import PATIENCE_S, PROCESS_S
 
 OUR_PACKAGES = ("text2weight", "text2weight_service", "text2weight_training", "text2weight_client")
 DOCUMENTED_PORT = re.compile(r"\b(127\.0\.0\.1|localhost):8000\b")
@@ -171,20 +172,20 @@ def service_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
             yield port
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=PATIENCE_S)
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log_path: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PROCESS_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log_path.read_text()
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=5).status_code == 200:
+            if httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=PATIENCE_S).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    pytest.fail(f"the service was not ready within 90 s:\n{log_path.read_text()}")
+    pytest.fail(f"the service was not ready within {PROCESS_S:g} s:\n{log_path.read_text()}")
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=[str(page.relative_to(ROOT)) for page in RUN_PAGES])
@@ -201,6 +202,6 @@ def test_marked_blocks_run(page: Path, service_port: int, tmp_path: Path) -> Non
         else:
             program = [sys.executable, "-"]
         done = subprocess.run(
-            program, input=text, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            program, input=text, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PROCESS_S
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"

@@ -115,7 +115,7 @@ def test_no_header_takes_long_or_much_memory(unit: bytes) -> None:
         assert tracemalloc.get_traced_memory()[1] < 8 * len(data)
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started_at < 2  # a quadratic scan of a megabyte takes minutes
+    assert time.perf_counter() - started_at < 20  # a quadratic scan of a megabyte takes minutes
 
 
 def test_brackets_in_strings_do_not_count() -> None:

@@ -13,15 +13,13 @@ import pytest
 from safetensors.torch import save_file
 
 from bench import faults, http_overhead, latency, mixed_load, run, sampler_cost, soak, throughput, timing, zoo_rate
+from tests.patience import PROCESS_S
 from tests.tiny import TINY_DIM, TINY_NAMES, save_tiny_checkpoint
 from text2weight import checkpoint as checkpoint_module
 from text2weight.checkpoint import TextEncoderConfig
 from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.errors import CheckpointError
-
-# Real processes start here, each importing torch and open_clip: on a machine that is busy, that alone takes a minute.
-pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_SIZES = {
@@ -168,7 +166,7 @@ def test_missing_bundled_model_is_explained(
 
 def test_the_script_that_make_calls_explains_a_bad_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "bench/run.py", "sampler_cost", "--checkpoint", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[0] == "bench: sampler_cost ..."
     assert f"{tmp_path} is not a checkpoint" in done.stderr.splitlines()[1]

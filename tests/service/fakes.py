@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.patience import HELD_S
 from text2weight.artifact import FORMAT, HeadArtifact
 from text2weight.condition import condition_on_classes, pad_embeddings
 from text2weight.denoiser import DenoiserConfig
@@ -128,7 +129,7 @@ class FakeModel:
             self.batches.append(asked)
             self.rows.append(rows)
             self.entered.set()
-        assert self.gate.wait(20)
+        assert self.gate.wait(HELD_S)
         if self.trouble is not None:
             self.trouble(samples, rows)
         if any("broken" in classes for classes in asked):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import httpx
 from opentelemetry.trace import TracerProvider
 
+from tests.patience import PATIENCE_S
 from text2weight_service.app import create_app
 from text2weight_service.engine import Engine, Phase
 from text2weight_service.model import Model
@@ -15,7 +16,7 @@ from text2weight_service.server import DrainingServer, server_config
 from text2weight_service.settings import Settings
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = PATIENCE_S) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {timeout_s} s"
@@ -60,10 +61,10 @@ def serve(
         wait_for(lambda: server.started, "server start")
         port = server.servers[0].sockets[0].getsockname()[1]
         if wait_until_ready:
-            wait_for(lambda: engine.phase is not Phase.STARTING, "warm-up", 60)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            wait_for(lambda: engine.phase is not Phase.STARTING, "warm-up")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             yield Live(engine, client, port, server)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()

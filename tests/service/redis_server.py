@@ -80,10 +80,11 @@ class RedisServer:
 
 
 class SlowRedis:
-    """Stands between a worker and a server, and holds every answer back for `delay_s`."""
+    """Stands between a worker and a server, holds every answer back for `delay_s` and counts those in `delayed`."""
 
     def __init__(self, port: int) -> None:
         self.delay_s = 0.0
+        self.delayed = 0
         self._port = port
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self.listener.getsockname()[1]}/0"
@@ -100,7 +101,9 @@ class SlowRedis:
     def _pump(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
         with suppress(OSError), source, sink:
             while data := source.recv(65536):
-                time.sleep(self.delay_s * is_answer)
+                if is_answer and self.delay_s:
+                    time.sleep(self.delay_s)
+                    self.delayed += 1
                 sink.sendall(data)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
 from tests.service.test_bad_input import assert_problem
@@ -86,7 +87,7 @@ def test_metrics_may_be_public() -> None:
 
 def test_a_refused_request_is_not_read(closed: Live) -> None:
     """The answer comes before the body, and the connection still works after it or is closed in good order."""
-    with socket.create_connection(("127.0.0.1", closed.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", closed.port), timeout=PATIENCE_S) as connection:
         connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.heads import same_head
 from tests.service.live import Live, serve
@@ -204,7 +205,7 @@ def test_body_at_the_limit(shared_live: Live) -> None:
 def test_declared_length_alone_is_refused(shared_live: Live) -> None:
     """The answer comes before the body does."""
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9999999999\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", shared_live.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", shared_live.port), timeout=PATIENCE_S) as connection:
         connection.sendall(head)
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
@@ -221,7 +222,7 @@ def test_declared_length_alone_is_refused(shared_live: Live) -> None:
 )
 def test_body_that_does_not_come(impatient: Live, path: str, kind: str) -> None:
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 90\r\n\r\n--b\r\n"
-    with socket.create_connection(("127.0.0.1", impatient.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=PATIENCE_S) as connection:
         connection.sendall(head.encode())
         answer = b"".join(iter(lambda: connection.recv(4096), b""))  # up to the end of the connection
     assert answer.startswith(b"HTTP/1.1 408 ")

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from tests.patience import PATIENCE_S, PROCESS_S
 from tests.service.live import wait_for
 from tests.service.tiny import write_tiny_checkpoint
 from text2weight.artifact import read_head
@@ -35,8 +36,8 @@ def test_serve_and_drain(tmp_path: Path, port: int) -> None:
         "T2W_HTTP_PORT": "1",
         "T2W_CHECKPOINT": "/nowhere",
         "T2W_MAX_BATCH_SIZE": "1",
-        "T2W_REQUEST_TIMEOUT_S": "60",
-        "T2W_DRAIN_TIMEOUT_S": "60",
+        "T2W_REQUEST_TIMEOUT_S": "500",
+        "T2W_DRAIN_TIMEOUT_S": "500",
     }
     log = tmp_path / "log"
     with log.open("wb") as stderr:
@@ -46,18 +47,18 @@ def test_serve_and_drain(tmp_path: Path, port: int) -> None:
             env={**os.environ, **variables},
         )
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-                wait_for(lambda: process.poll() is not None or _is_ready(client), "start", 60)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
+                wait_for(lambda: process.poll() is not None or _is_ready(client), "start", PROCESS_S)
                 response = client.post("/generate", json={"classes": ["thing 1", "thing 2"]})
                 assert read_head(response.content).classes == ("thing 1", "thing 2")
                 assert client.get("/info").json()["settings"]["max_batch_size"] == 1
                 slow = {"classes": ["thing 1", "thing 2"], "sampler": "ddpm", "steps": 100}
                 with ThreadPoolExecutor(3) as pool:
-                    accepted = [pool.submit(client.post, "/generate", json=slow, timeout=60) for _ in range(3)]
+                    accepted = [pool.submit(client.post, "/generate", json=slow, timeout=PROCESS_S) for _ in range(3)]
                     wait_for(lambda: _all_run(client) or all(future.done() for future in accepted), "load")
                     process.send_signal(signal.SIGTERM)
                     assert [future.result().status_code for future in accepted] == [200, 200, 200]
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
             process.wait()
@@ -80,7 +81,7 @@ def _is_ready(client: httpx.Client) -> bool:
 
 def test_checkpoint_that_cannot_be_loaded(tmp_path: Path) -> None:
     result = subprocess.run(
-        [*COMMAND, "--checkpoint", str(tmp_path), "--port", "0"], capture_output=True, text=True, timeout=60
+        [*COMMAND, "--checkpoint", str(tmp_path), "--port", "0"], capture_output=True, text=True, timeout=PROCESS_S
     )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
@@ -117,5 +118,5 @@ def test_help_has_an_example() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, text2weight_service.cli; print([m for m in ('torch', 'fastapi', 'redis') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROCESS_S, check=True)
     assert done.stdout.strip() == "[]"

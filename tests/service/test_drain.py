@@ -1,7 +1,6 @@
 """SIGTERM under load: what was accepted is answered, what comes then is told to go elsewhere, and then it is over."""
 
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.patience import HELD_S, PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.forms import a_head, form
 from tests.service.live import Live, serve, wait_for
@@ -38,19 +38,19 @@ def terminate(live: Live) -> None:
 
 def has_ended(live: Live) -> bool:
     try:
-        httpx.get(f"http://127.0.0.1:{live.port}/health/live", timeout=5)
-    except httpx.TransportError:
+        httpx.get(f"http://127.0.0.1:{live.port}/health/live", timeout=PATIENCE_S)
+    except (httpx.NetworkError, httpx.RemoteProtocolError):
         return True
     return False
 
 
 def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
-    with serve(lambda _: model, max_batch_size=2) as live:
+    with serve(lambda _: model, max_batch_size=2, drain_timeout_s=HELD_S) as live:
         with held(model):
             accepted = [pool.submit(live.generate, f"apple {i}", "bus", seed=i) for i in range(8)]
-            wait_for(lambda: live.metric("t2w_queue_waiting") + live.metric("t2w_running") == 8, "load", timeout_s=20)
+            wait_for(lambda: live.metric("t2w_queue_waiting") + live.metric("t2w_running") == 8, "load")
             terminate(live)
-            with httpx.Client(base_url=live.client.base_url, timeout=20) as newcomer:  # the socket stays open
+            with httpx.Client(base_url=live.client.base_url, timeout=PATIENCE_S) as newcomer:  # the socket stays open
                 late = newcomer.post("/generate", json={"classes": ["apple", "bus"]})
             assert late.status_code == 503
             assert late.json()["type"] == "urn:text2weight:problem:draining"
@@ -59,7 +59,7 @@ def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
             assert live.client.get("/health/live").status_code == 200
             assert live.metric("t2w_phase", phase="draining") == 1
             assert not any(future.done() for future in accepted)
-        answers = [future.result(20) for future in accepted]
+        answers = [future.result(PATIENCE_S) for future in accepted]
         assert [answer.status_code for answer in answers] == [200] * 8
         wait_for(lambda: has_ended(live), "end")
 
@@ -97,12 +97,10 @@ def test_every_route_that_takes_work_is_among_them(live: Live) -> None:
 
 
 def test_an_idle_worker_ends_at_once() -> None:
-    with serve(lambda _: FakeModel()) as live:
+    with serve(lambda _: FakeModel(), drain_timeout_s=HELD_S) as live:
         assert live.generate("apple", "bus").status_code == 200  # and its connection stays open
-        started_at = time.monotonic()
         terminate(live)
-        wait_for(lambda: has_ended(live), "end")
-        assert time.monotonic() - started_at < live.engine.settings.drain_timeout_s / 4
+        wait_for(lambda: has_ended(live), "end")  # within a quarter of the drain timeout
 
 
 def test_a_drain_has_an_end(model: FakeModel, pool: ThreadPoolExecutor) -> None:
@@ -112,13 +110,13 @@ def test_a_drain_has_an_end(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         wait_for(model.entered.is_set, "batch")
         terminate(live)
         wait_for(lambda: has_ended(live), "end of listening")
-        answer = stuck.result(10)
+        answer = stuck.result(PATIENCE_S)
         assert answer.status_code == 503
         assert answer.json()["type"] == "urn:text2weight:problem:draining"
 
 
 def test_a_second_signal_does_not_wait(model: FakeModel, pool: ThreadPoolExecutor) -> None:
-    with serve(lambda _: model) as live, held(model):
+    with serve(lambda _: model, drain_timeout_s=HELD_S) as live, held(model):
         running = pool.submit(live.generate, "apple", "bus")
         wait_for(model.entered.is_set, "batch")
         terminate(live)
@@ -126,4 +124,4 @@ def test_a_second_signal_does_not_wait(model: FakeModel, pool: ThreadPoolExecuto
         terminate(live)
         wait_for(lambda: has_ended(live), "end")
         model.gate.set()
-        assert running.result(20).status_code == 200
+        assert running.result(PATIENCE_S).status_code == 200

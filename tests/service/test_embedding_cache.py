@@ -7,13 +7,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import DIM, FakeModel, unit_vector
 from tests.service.live import Live, serve, wait_for
 from tests.service.redis_server import RedisServer, needs_redis, redis_server
@@ -50,7 +51,7 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 def served(model: FakeModel, url: str) -> "contextmanager[Live]":
     # A generous timeout: a busy test machine must not turn a working Redis into a slow one.
     # Heads have a cache of their own, with tests of its own.
-    return serve(lambda _: model, redis_url=url, redis_timeout_s=1.0, head_cache_mb=0)
+    return serve(lambda _: model, redis_url=url, redis_timeout_s=PATIENCE_S, head_cache_mb=0)
 
 
 @needs_redis
@@ -168,10 +169,12 @@ def test_redis_talks_nonsense(model: FakeModel) -> None:
 
 
 def _babble(listener: socket.socket) -> None:
-    connection, _ = listener.accept()
-    with connection:
-        connection.recv(1000)
-        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with suppress(OSError):  # the listener is closed
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 async def test_lookups_of_the_same_prompts_are_one_question() -> None:

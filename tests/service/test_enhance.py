@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import SPEC, FakeModel
 from tests.service.forms import a_head, form, post
 from tests.service.live import Live, serve
@@ -191,7 +192,7 @@ def test_a_part_that_grows_too_large_ends_the_upload(fake: Live, name: str) -> N
     start = (
         f"POST /enhance HTTP/1.1\r\nHost: x\r\nContent-Type: {BOUNDARY}\r\nContent-Length: 16000000\r\n\r\n".encode()
     )
-    with socket.create_connection(("127.0.0.1", fake.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", fake.port), timeout=PATIENCE_S) as connection:
         connection.sendall(start + part + bytes(3_100_000))
         answer = b""
         while not answer.endswith(b"}"):

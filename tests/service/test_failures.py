@@ -10,7 +10,8 @@ import pytest
 import structlog
 import torch
 
-from tests.service.engines import job, metric, running, until
+from tests.patience import HELD_S, PATIENCE_S
+from tests.service.engines import job, large_calls_pay, metric, running, until
 from tests.service.fakes import FakeModel
 from text2weight.artifact import read_head
 from text2weight.sampling import Sample
@@ -33,6 +34,7 @@ def _logs() -> Iterator[None]:
 
 async def together(engine: Engine, model: FakeModel, count: int, **special: int) -> list[Generated | BaseException]:
     """Results of requests that are ready at the same time; `special` puts a class name at a position."""
+    large_calls_pay(engine)
     names = {position: name for name, position in special.items()}
     model.gate.clear()
     model.entered.clear()
@@ -92,8 +94,6 @@ async def test_out_of_memory_makes_calls_smaller_for_a_while(model: FakeModel, e
 
     async with running(model, max_batch_size=8) as engine:
         model.trouble = trouble
-        # Large calls pay on this device.
-        engine._loaded.runner.times.seconds = lambda shape, rows: 0.001  # type: ignore[union-attr, method-assign]
         results = await together(engine, model, 8)
         assert all(isinstance(result, Generated) for result in results), results
         assert metric(engine, "t2w_largest_call_rows") == 2
@@ -160,7 +160,7 @@ async def test_a_device_that_fails_at_the_end_of_requests_is_noticed_while_other
     model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(model) as engine:
-        model.trouble = lambda samples, rows: time.sleep(0.002)
+        model.trouble = lambda samples, rows: time.sleep(0.01)
         long = asyncio.create_task(engine.generate(job("long", "bus", steps=1000)))
         await until(model.entered.is_set, "a call")
 
@@ -172,7 +172,7 @@ async def test_a_device_that_fails_at_the_end_of_requests_is_noticed_while_other
         engine._loaded.runner.ladder.choose = lambda count, seconds: 8  # type: ignore[union-attr, method-assign]
         with pytest.raises(GenerationFailedError):
             await engine.generate(job("short", "bus"))
-        await until(lambda: not engine.alive, "noticing", 2)
+        await until(lambda: not engine.alive, "noticing")
         with pytest.raises(NotReadyError):
             await long
     assert model.steps_made < 1000
@@ -211,7 +211,7 @@ async def test_a_call_that_hangs_is_a_failed_worker_until_it_returns(
 
     def hang(*args: Any) -> Any:
         entered.set()
-        assert gate.wait(20)
+        assert gate.wait(HELD_S)
         return call(*args)
 
     async with running(model) as engine:
@@ -261,10 +261,10 @@ async def test_what_hangs_holds_a_stop_up_for_one_drain_timeout_and_no_longer(mo
 
     def load(_: Settings) -> FakeModel:
         if what == "load":
-            assert gate.wait(20)
+            assert gate.wait(HELD_S)
         return model
 
-    engine = Engine(Settings(drain_timeout_s=2.0), load=load)
+    engine = Engine(Settings(drain_timeout_s=0.5), load=load)
     engine.start()
     task = None
     try:
@@ -274,11 +274,10 @@ async def test_what_hangs_holds_a_stop_up_for_one_drain_timeout_and_no_longer(mo
             task = asyncio.create_task(engine.generate(job("apple", "bus", steps=9)))
             await until(model.entered.is_set, "a call")
         engine.begin_drain()
-        await asyncio.sleep(1.8)
-        engine.begin_drain()  # a second signal gives no second timeout
-        started_at = time.monotonic()
-        await engine.stop()
-        assert time.monotonic() - started_at < 1.5
+        ends_at = engine._drain_ends_at
+        engine.begin_drain()
+        assert engine._drain_ends_at == ends_at, "a second signal gave a second timeout"
+        await asyncio.wait_for(engine.stop(), PATIENCE_S)  # what hangs would last longer
     finally:
         gate.set()
         model.gate.set()

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from text2weight_service.flights import Flight, Flights
 from text2weight_service.metrics import Metrics
 from text2weight_service.work_queue import Generated, HopelessError
@@ -20,11 +21,11 @@ async def test_nobody_joins_a_computation_that_was_refused_for_another() -> None
     async def computed(_: Flight) -> Generated:
         return Generated(b"head", "key")
 
-    first = asyncio.create_task(flights.wait("key", time.monotonic() + 5, refused))
+    first = asyncio.create_task(flights.wait("key", time.monotonic() + PATIENCE_S, refused))
     await asyncio.sleep(0.01)
     refuse.set()
     await asyncio.sleep(0)  # the computation has ended, and whoever waited for it does not know yet
-    second = await flights.wait("key", time.monotonic() + 5, computed)
+    second = await flights.wait("key", time.monotonic() + PATIENCE_S, computed)
     assert second.data == b"head"
     with pytest.raises(HopelessError):
         await first

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.patience import PATIENCE_S
 from tests.service.engines import job, metric, running, until
 from tests.service.fakes import SPEC, FakeModel
 from tests.service.redis_server import RedisServer, needs_redis, redis_server
@@ -48,7 +49,7 @@ async def test_equal_requests_under_way_are_computed_once(model: FakeModel) -> N
 async def test_each_of_the_equal_keeps_its_own_deadline(model: FakeModel) -> None:
     async with running(model) as engine:
         model.gate.clear()
-        patient = asyncio.create_task(engine.generate(job("apple", "bus", within_s=0.2)))
+        patient = asyncio.create_task(engine.generate(job("apple", "bus", within_s=3.0)))
         await until(lambda: model.entered.is_set(), "the call")
         more_patient = asyncio.create_task(engine.generate(job("apple", "bus")))
         with pytest.raises(DeadlineError):
@@ -173,13 +174,13 @@ async def test_a_head_that_is_there_is_served_however_long_it_would_take_to_comp
     model: FakeModel, where: str
 ) -> None:
     async with running(model) as engine:
-        held = job("apple", "bus", seed=1, steps=9, within_s=5.0)
+        held = job("apple", "bus", seed=1, steps=9)
         if where == "memory":
             engine._heads.keep(plan_work(model, held).key, HEAD)
         else:
             engine._heads._store = store = FakeStore()
             await HeadCache(1, store, 60, Metrics()).share(plan_work(model, held).key, HEAD)
-        engine._loaded.runner.times.seconds = lambda shape, rows: 1.0  # type: ignore[union-attr, method-assign]
+        engine._loaded.runner.times.seconds = lambda shape, rows: 1000.0  # type: ignore[union-attr, method-assign]
         with pytest.raises(DeadlineError, match="9 steps take about"):
             await engine.generate(replace(held, seed=2))
         assert (await engine.generate(held)).data == HEAD
@@ -209,10 +210,10 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @needs_redis
 async def test_a_second_worker_finds_what_the_first_has_computed(redis: RedisServer, tmp_path: Path) -> None:
     first, second = FakeModel(), FakeModel()
-    async with running(first, redis_url=redis.url, redis_timeout_s=2) as engine:
+    async with running(first, redis_url=redis.url, redis_timeout_s=PATIENCE_S) as engine:
         computed = await engine.generate(job("apple", "bus", seed=1))
         await until(lambda: redis.keys() == 3, "two embeddings and a head in Redis")
-    async with running(second, redis_url=redis.url, redis_timeout_s=2) as engine:
+    async with running(second, redis_url=redis.url, redis_timeout_s=PATIENCE_S) as engine:
         found = await engine.generate(job("apple", "bus", seed=1))
         assert metric(engine, "t2w_head_cache_lookups_total", tier="redis", result="hit") == 1
     assert found.data == computed.data

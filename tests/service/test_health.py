@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.patience import HELD_S
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
 from text2weight.errors import CheckpointError
@@ -18,7 +19,7 @@ def test_starting_then_ready(model: FakeModel) -> None:
     may_load = threading.Event()
 
     def load(_: Settings) -> Model:
-        assert may_load.wait(10)
+        assert may_load.wait(HELD_S)
         return model
 
     with serve(load, wait_until_ready=False) as live:

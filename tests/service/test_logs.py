@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+from tests.patience import PROCESS_S
+
 CODE = """
 import logging, structlog
 from text2weight_service.logs import configure_logging
@@ -29,7 +31,7 @@ with structlog.contextvars.bound_contextvars(request_id="r-1"):
 
 
 def test_lines() -> None:
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=PROCESS_S, check=True)
     failed, library = (json.loads(line) for line in done.stderr.splitlines())
     assert (failed["event"], failed["level"], failed["request_id"]) == ("failed", "error", "r-1")
     assert failed["exception"][0]["exc_value"] == "no luck"
@@ -49,7 +51,7 @@ logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
 
 def test_lines_on_a_terminal_are_for_people() -> None:
     ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-c", TERMINAL], stderr=theirs, stdout=theirs, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", TERMINAL], stderr=theirs, stdout=theirs, timeout=PROCESS_S, check=True)
     os.close(theirs)
     shown = re.sub(r"\x1b\[[0-9;]*m", "", os.read(ours, 65536).decode())
     os.close(ours)
@@ -60,7 +62,7 @@ def test_lines_on_a_terminal_are_for_people() -> None:
 
 def test_warnings_of_libraries_are_log_lines() -> None:
     code = CODE.split("log =")[0] + "import warnings; warnings.warn('old', FutureWarning)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROCESS_S, check=True)
     (line,) = (json.loads(text) for text in done.stderr.splitlines())
     assert line["logger"] == "py.warnings"
     assert "FutureWarning: old" in line["event"]

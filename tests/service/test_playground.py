@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import text2weight_service
+from tests.patience import HELD_S
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve
 from text2weight_service.playground_routes import assets
@@ -68,7 +69,7 @@ def test_page_is_there_before_the_model() -> None:
     gate = threading.Event()
 
     def load(_: Settings) -> FakeModel:
-        assert gate.wait(20)
+        assert gate.wait(HELD_S)
         return FakeModel()
 
     with serve(load, wait_until_ready=False) as starting:

@@ -11,6 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
+from tests.patience import PATIENCE_S, PROCESS_S
 from tests.service.backbones import encoded, picture
 from tests.service.heads import same_head
 from tests.service.live import Live, serve
@@ -19,7 +20,6 @@ from text2weight_service.model import load_model
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
-TIMEOUT_MS = 20_000
 SCHEMES = ("light", "dark")
 
 OpenPage = Callable[..., Page]
@@ -33,7 +33,7 @@ def service() -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=TIMEOUT_MS)
+    expect.set_options(timeout=1000 * PATIENCE_S)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=CHROMIUM)
         yield running
@@ -49,7 +49,7 @@ def open_page(service: Live, browser: Browser) -> Iterator[OpenPage]:
         context = browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **options})  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(TIMEOUT_MS)
+        page.set_default_timeout(1000 * PATIENCE_S)
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: failures.append(str(error)))
         page.on("console", lambda message: failures.append(message.text) if "Policy" in message.text else None)
@@ -350,6 +350,6 @@ def test_code_on_the_page_runs(
     exec(compile(copied("Copy the Python program"), "page", "exec"), {})
     assert same_head(Path("head.safetensors").read_bytes(), expected)
     Path("head.safetensors").unlink()
-    subprocess.run(["bash", "-c", copied("Copy the curl command")], check=True, capture_output=True, timeout=20)
+    subprocess.run(["bash", "-c", copied("Copy the curl command")], check=True, capture_output=True, timeout=PROCESS_S)
     assert same_head(Path("head.safetensors").read_bytes(), expected)
     assert read_head(expected).classes == names

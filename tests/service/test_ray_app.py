@@ -7,6 +7,7 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.test_auth import ALICE_ENTRY
 from text2weight_service.auth import KeysError
@@ -71,7 +72,7 @@ async def test_replica_is_healthy_once_it_is_warm(replica: Worker, model: FakeMo
         await asyncio.sleep(0.1)
         assert not checking.done(), "requests would meet a model that is not loaded"
         model.gate.set()
-        await asyncio.wait_for(checking, 10)
+        await asyncio.wait_for(checking, PATIENCE_S)
 
 
 async def test_replica_with_a_lost_device_is_replaced(replica: Worker, model: FakeModel) -> None:
@@ -79,4 +80,4 @@ async def test_replica_with_a_lost_device_is_replaced(replica: Worker, model: Fa
     app = replica.__serve_build_asgi_app__()
     async with app.router.lifespan_context(app):
         with pytest.raises(RuntimeError, match="device lost"):
-            await asyncio.wait_for(replica.check_health(), 10)
+            await asyncio.wait_for(replica.check_health(), PATIENCE_S)

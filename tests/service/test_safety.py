@@ -11,6 +11,7 @@ import pytest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve
 from tests.service.test_auth import ALICE_ENTRY, BOB
@@ -32,7 +33,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 
 def raw(port: int, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
         connection.sendall(request)
         answer = b""
         while data := connection.recv(65536):

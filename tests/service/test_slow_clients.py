@@ -6,20 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
 from text2weight_service.metrics import Metrics
 from text2weight_service.server import server_config
 from text2weight_service.settings import Settings
 
-HEADER_S = 0.4
-SEND_S = 0.5
-BODY_S = 1.0
-# A busy test machine may look at its clocks this late.
-GRACE_S = 1.5
+# A machine that stalls must not cut an honest client off.
+HEADER_S = SEND_S = BODY_S = 3.0
 GET = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
@@ -36,7 +35,7 @@ def connected(live: Live, receive_buffer: int | None = None) -> Iterator[socket.
     with socket.socket() as connection:
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_S)
         connection.connect(("127.0.0.1", live.port))
         yield connection
 
@@ -64,25 +63,29 @@ def alive(connection: socket.socket) -> bool:
     return True
 
 
-def drip(connection: socket.socket, data: bytes, pause_s: float) -> None:
-    """Send byte by byte until the service has had enough."""
+def cut_off(connection: socket.socket, data: bytes) -> bool:
+    """Send byte by byte, for several times longer than any limit; returns whether the service had enough before."""
+    assert 0.02 * len(data) > 4 * HEADER_S
     for byte in data:
         try:
             connection.sendall(bytes([byte]))
         except ConnectionError:
-            return
-        time.sleep(pause_s)
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def served(live: Live) -> bool:
-    return live.generate("apple", "bus").status_code == 200
+    """Whether a request is answered on a new connection; one that was kept may be cut at any moment."""
+    url = f"http://127.0.0.1:{live.port}/generate"
+    return httpx.post(url, json={"classes": ["apple", "bus"]}, timeout=PATIENCE_S).status_code == 200
 
 
 def test_a_connection_that_says_nothing(guarded: Live) -> None:
     with connected(guarded) as connection:
         started_at = time.monotonic()
         assert until_closed(connection) == b""
-        assert HEADER_S * 0.9 < time.monotonic() - started_at < HEADER_S + GRACE_S
+        assert time.monotonic() - started_at > HEADER_S * 0.9
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first request", "second request"])
@@ -90,17 +93,14 @@ def test_slow_headers(guarded: Live, first: bool) -> None:
     """Bytes that keep coming win no time: the limit is for the headers as a whole."""
     with connected(guarded) as connection:
         assert first or alive(connection)
-        started_at = time.monotonic()
-        drip(connection, b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 100, 0.02)
+        assert cut_off(connection, b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 100)
         assert until_closed(connection) == b""
-        assert time.monotonic() - started_at < HEADER_S + GRACE_S
     assert served(guarded)
 
 
 def test_slow_body(guarded: Live) -> None:
     body = json.dumps({"classes": ["apple", "bus"]}).encode() + b" " * 1000
     with connected(guarded) as connection:
-        started_at = time.monotonic()
         connection.sendall(POST % len(body))
         connection.settimeout(0.02)
         answer = b""
@@ -111,11 +111,10 @@ def test_slow_body(guarded: Live) -> None:
                 break
             except TimeoutError:
                 continue
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_S)
         answer += until_closed(connection)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"urn:text2weight:problem:body-timeout" in answer
-        assert time.monotonic() - started_at < BODY_S + GRACE_S
     assert served(guarded)
 
 
@@ -124,20 +123,15 @@ def test_a_body_that_goes_on_after_the_answer(guarded: Live) -> None:
         connection.sendall(POST % 10**6)
         answer = connection.recv(4096)
         assert answer.startswith(b"HTTP/1.1 413 ")
-        started_at = time.monotonic()
-        drip(connection, bytes(1000), 0.02)
-        until_closed(connection)
-        assert time.monotonic() - started_at < HEADER_S + GRACE_S
+        assert cut_off(connection, bytes(1000))
 
 
 def test_idle_between_requests(guarded: Live) -> None:
     with connected(guarded) as connection:
-        for _ in range(5):
+        for _ in range(4):
             assert alive(connection)
-            time.sleep(HEADER_S / 2)  # five of these are longer than the limit, which begins anew with each answer
-        started_at = time.monotonic()
+            time.sleep(HEADER_S / 3)  # four of these are longer than the limit, which begins anew with each answer
         until_closed(connection)
-        assert time.monotonic() - started_at < HEADER_S + GRACE_S
 
 
 def test_idle_connections_live_as_long_as_documented() -> None:
@@ -152,7 +146,7 @@ def test_a_client_that_does_not_read(guarded: Live) -> None:
         connection.settimeout(0.2)
         started_at = time.monotonic()
         with pytest.raises(ConnectionError):  # noqa: PT012
-            while time.monotonic() - started_at < 20:
+            while time.monotonic() - started_at < PATIENCE_S:
                 try:
                     connection.sendall(info * 200)
                 except TimeoutError:
@@ -164,12 +158,12 @@ def test_a_client_that_does_not_read(guarded: Live) -> None:
 def test_a_long_request_is_not_cut() -> None:
     """Waiting for the model is no idleness, and a client that reads at once has all the time it needs."""
     model = FakeModel()
-    with serve(lambda _: model, header_timeout_s=0.1, send_timeout_s=0.1) as live:
+    with serve(lambda _: model, header_timeout_s=2, send_timeout_s=2) as live:
         model.gate.clear()
         with connected(live) as connection:
             body = json.dumps({"classes": ["apple", "bus"]}).encode()
             connection.sendall(POST % len(body) + body)
-            time.sleep(0.5)
+            time.sleep(4)
             model.gate.set()
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.heads import same_head
 from tests.service.live import Live, serve, wait_for
@@ -144,10 +145,10 @@ def test_a_stream_that_waits_is_open_and_keeps_proxies_awake(
 
 
 def test_an_impatient_client_hears_of_a_stream_that_waits(scripted: tuple[Live, ScriptedEngine]) -> None:
-    """A client that gives each read 3.5 s outlives 4 s without an event."""
+    """A client that gives each read 8 s outlives 9 s without an event."""
     live, engine = scripted
-    with live.client.stream("POST", "/generate/stream", json=BODY, timeout=3.5) as response:
-        threading.Timer(4, lambda: engine.allowed.release(3)).start()
+    with live.client.stream("POST", "/generate/stream", json=BODY, timeout=8) as response:
+        threading.Timer(9, lambda: engine.allowed.release(3)).start()
         assert [name for name, _ in events(response)][-1] == "done"
 
 
@@ -188,18 +189,22 @@ def test_errors_after_the_start_are_events(
     ],
 )
 def test_errors_before_the_start_are_problems(
-    scripted: tuple[Live, ScriptedEngine], body: dict[str, Any], field: str
+    scripted: tuple[Live, ScriptedEngine], monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], field: str
 ) -> None:
+    monkeypatch.setattr(stream_routes, "_HEADERS_AFTER_S", PATIENCE_S)  # the problem comes first
     response = scripted[0].client.post("/generate/stream", json={**BODY, **body})
     assert_problem(response, 422, "invalid-input", field)
 
 
-def test_failure_before_the_start_is_a_problem(scripted: tuple[Live, ScriptedEngine]) -> None:
+def test_failure_before_the_start_is_a_problem(
+    scripted: tuple[Live, ScriptedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_routes, "_HEADERS_AFTER_S", PATIENCE_S)  # the problem comes first
     live, engine = scripted
     engine.failure_at = 1
     engine.allowed.release(1)
     assert_problem(live.client.post("/generate/stream", json=BODY), 504, "deadline")
-    assert engine.closed.wait(5)
+    assert engine.closed.wait(PATIENCE_S)
 
 
 def test_other_content_type(scripted: tuple[Live, ScriptedEngine]) -> None:
@@ -220,7 +225,7 @@ def test_a_client_that_goes_stops_the_computation(
         for _ in range(max(made, 1)):
             next(received)
         assert not engine.closed.is_set()
-    assert engine.closed.wait(5)
+    assert engine.closed.wait(PATIENCE_S)
     assert engine.calls == made
     wait_for(
         lambda: live.metric("t2w_http_requests_total", method="POST", route="/generate/stream", status="200"), "log"

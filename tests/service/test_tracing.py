@@ -9,6 +9,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests.patience import HELD_S, PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.live import serve, wait_for
 from text2weight_service import tracing
@@ -92,14 +93,14 @@ def test_a_dead_collector_does_not_hold_the_exit_up(
 
     class Collector(InMemorySpanExporter):
         def shutdown(self) -> None:
-            hangs.wait(20)
+            hangs.wait(HELD_S)
 
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(Collector()))
     try:
         started_at = time.monotonic()
         end_traces(provider)
-        assert time.monotonic() - started_at < 5
+        assert time.monotonic() - started_at < PATIENCE_S
     finally:
         hangs.set()
     assert "the last traces are lost" in capsys.readouterr().out

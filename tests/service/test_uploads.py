@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.patience import HELD_S, PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.forms import a_head, post
 from tests.service.live import Live, serve, wait_for
@@ -36,7 +37,7 @@ START = (
 @contextmanager
 def begun(live: Live, path: bytes, announced: int) -> Iterator[socket.socket]:
     """An upload that announces its length and goes no further than its first part."""
-    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE_S) as connection:
         connection.sendall(START % (path, announced))
         yield connection
 
@@ -72,7 +73,7 @@ def test_a_length_beside_chunks_is_not_believed(model: FakeModel) -> None:
         ExitStack() as open_ones,
     ):
         for _ in range(LARGEST_AT_ONCE):
-            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=10))
+            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE_S))
             head, _, part = (start % (b"/enhance", 1)).partition(b"\r\n\r\n")
             one.sendall(b"%s\r\n\r\n%x\r\n%s\r\n" % (head, len(part), part))
         wait_for(lambda: post(live.client, "/enhance", {"strength": 0.5}, HEAD).status_code == 429, "a full house")
@@ -89,7 +90,7 @@ async def test_work_that_was_not_begun_in_time_is_let_go() -> None:
     go_on, upload = threading.Event(), Upload()
     gone = weakref.ref(upload)
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(go_on.wait, 20)
+        thread.submit(go_on.wait, HELD_S)
         try:
             await run_late(upload)
             del upload
@@ -103,13 +104,13 @@ def test_merges_keep_their_deadline_and_their_number(model: FakeModel, monkeypat
     go_on = threading.Event()
 
     def merge(_: object, method: str, heads: torch.Tensor) -> torch.Tensor:
-        assert go_on.wait(20)
+        assert go_on.wait(HELD_S)
         return heads.mean(0)
 
     monkeypatch.setattr(fuse_routes, "merge", merge)
     with serve(lambda _: model, queue_size=16) as live, ThreadPoolExecutor(16) as pool:
         try:
-            assert_problem(post(live.client, "/fuse", {**MERGE, "deadline_ms": 300}, HEAD, HEAD), 504, "deadline")
+            assert_problem(post(live.client, "/fuse", {**MERGE, "deadline_ms": 1000}, HEAD, HEAD), 504, "deadline")
 
             def merged() -> int:
                 while (status := post(live.client, "/fuse", MERGE, HEAD, HEAD).status_code) == 429:
@@ -117,8 +118,8 @@ def test_merges_keep_their_deadline_and_their_number(model: FakeModel, monkeypat
                 return status
 
             held = [pool.submit(merged) for _ in range(16)]
-            soon = {**MERGE, "deadline_ms": 300}
+            soon = {**MERGE, "deadline_ms": 1000}
             wait_for(lambda: post(live.client, "/fuse", soon, HEAD, HEAD).status_code == 429, "a full house")
         finally:
             go_on.set()
-        assert [one.result(20) for one in held] == [200] * 16
+        assert [one.result(PATIENCE_S) for one in held] == [200] * 16

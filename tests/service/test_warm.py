@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from tests.patience import PATIENCE_S
 from tests.service.fakes import FakeModel, unit_vector
 from tests.service.live import serve
 from tests.service.redis_server import RedisServer, needs_redis
@@ -51,7 +52,7 @@ def test_names(server: RedisServer, model: FakeModel, tmp_path: Path) -> None:
         assert client.ttl(key) > 900
     assert model.text_encoder.encoded == []
     other = FakeModel()
-    with serve(lambda _: other, redis_url=server.url, redis_timeout_s=1.0) as live:
+    with serve(lambda _: other, redis_url=server.url, redis_timeout_s=PATIENCE_S) as live:
         assert live.generate("class 1", "class_7", "cafe\u0301").status_code == 200
     assert set(other.text_encoder.encoded) <= {"a cat", "a dog"}  # the warm-up
 
@@ -63,7 +64,7 @@ def test_table(server: RedisServer, model: FakeModel, tmp_path: Path) -> None:
     model.text_encoder.encoded.clear()
     assert fill(server, model, source) == (0, 300)
     assert model.text_encoder.encoded == []
-    with serve(lambda _: model, redis_url=server.url, redis_timeout_s=1.0) as live:
+    with serve(lambda _: model, redis_url=server.url, redis_timeout_s=PATIENCE_S) as live:
         assert live.generate("class 1", "class 299").status_code == 200
     assert set(model.text_encoder.encoded) <= {"a cat", "a dog"}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PROCESS_S
 from tests.training.conftest import Toy
 from tests.training.test_zoo import assert_same_files, kill_when_half_written
 from tests.training.toy import write_preset
@@ -53,7 +54,6 @@ except TrainingDataError as error:
 """
 
 
-@pytest.mark.timeout(300)  # two Ray clusters are started, and each worker imports torch
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra: distributed)")
 def test_two_workers_killed_and_resumed_give_the_files_of_one_process(toy: Toy, tmp_path: Path) -> None:
     out, preset = tmp_path / "zoo", write_preset(tmp_path / "toy.yaml")
@@ -67,7 +67,7 @@ def test_two_workers_killed_and_resumed_give_the_files_of_one_process(toy: Toy, 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PROCESS_S,
         check=False,
     )
     assert finished.returncode == 0, finished.stderr

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tests.patience import PROCESS_S
 from tests.training.conftest import Toy
 from tests.training.toy import toy_data, toy_features, toy_preset, toy_table, write_preset
 from text2weight.text_encoder import write_embedding_tables
@@ -65,7 +66,7 @@ def kill_when_half_written(script: str, arguments: list[str], sign: Path) -> Non
         stderr=subprocess.PIPE,
     )
     try:
-        deadline = time.monotonic() + 110
+        deadline = time.monotonic() + PROCESS_S
         while not sign.exists():
             assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
             assert time.monotonic() < deadline, f"{sign} did not appear"
