@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.clients.scripted import INFO
 from tests.clients.test_heads import in_precision, stacked
+from tests.patience import HELD_S, PATIENCE_S
 from text2weight_client import GeneratedHead, GeneratedHeads, command_options
 from text2weight_client.cli import app
 
@@ -206,17 +207,21 @@ def test_inspect_of_a_merged_head_without_seed(make_head: Any, tmp_path: Path) -
     assert "0.25" in output
 
 
-@pytest.mark.parametrize(("duration_s", "shown"), [(0.0, False), (0.1, True)])
+@pytest.mark.parametrize(("after_s", "shown"), [(HELD_S, False), (0.05, True)])
 def test_waiting_is_shown_on_a_terminal_once_it_is_long(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], duration_s: float, shown: bool
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], after_s: float, shown: bool
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(command_options, "PROGRESS_AFTER_S", 0.05)
+    monkeypatch.setattr(command_options, "PROGRESS_AFTER_S", after_s)
     assert Console(stderr=True).is_terminal
+    printed, end = "", time.monotonic() + PATIENCE_S
     with command_options.waiting("fusing"):
-        time.sleep(duration_s)
-    assert ("fusing" in capsys.readouterr().err) is shown
+        while shown and "fusing" not in printed:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+            printed += capsys.readouterr().err
+    assert ("fusing" in printed + capsys.readouterr().err) is shown
 
 
 def test_waiting_prints_nothing_into_a_file(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tests.patience import PATIENCE_S
 from text2weight_client import (
     AsyncClient,
     Client,
@@ -31,7 +32,7 @@ CLASSES = ("apple", "bus", "lizard")
 @pytest.fixture(scope="module")
 def description(live_url: str) -> dict[str, Any]:
     """The service's own OpenAPI document."""
-    document: dict[str, Any] = httpx.get(f"{live_url}/openapi.json").json()
+    document: dict[str, Any] = httpx.get(f"{live_url}/openapi.json", timeout=PATIENCE_S).json()
     return document
 
 

@@ -35,7 +35,7 @@ def service() -> Iterator[Live]:
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=1000 * PATIENCE_S)
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM)
+        running = playwright.chromium.launch(executable_path=CHROMIUM, timeout=1000 * PATIENCE_S)
         yield running
         running.close()
 

@@ -18,6 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.patience import PATIENCE_S
 from tests.service.live import Live
 from text2weight_service.app import create_app
 from text2weight_service.settings import Settings
@@ -47,7 +48,7 @@ def test_bodies(shared_live: Live, path: str, mode: GenerationMode) -> None:
     @always_the_same
     @given(case=SCHEMA[path]["POST"].as_strategy(mode))
     def answer(case: Any) -> None:
-        response = case.call(base_url=str(shared_live.client.base_url))
+        response = case.call(base_url=str(shared_live.client.base_url), timeout=PATIENCE_S)
         assert response.status_code != 500, response.text
         case.validate_response(response, checks=CHECKED)
 
@@ -58,4 +59,4 @@ def test_bodies(shared_live: Live, path: str, mode: GenerationMode) -> None:
 @pytest.mark.parametrize("path", sorted(set(DESCRIPTION["paths"]) - set(BODIES)))
 def test_answers_without_a_body(shared_live: Live, path: str) -> None:
     case = SCHEMA[path]["GET"].Case()
-    case.call_and_validate(base_url=str(shared_live.client.base_url), checks=CHECKED)
+    case.call_and_validate(base_url=str(shared_live.client.base_url), checks=CHECKED, timeout=PATIENCE_S)
