@@ -22,6 +22,7 @@ from text2weight_service.flights import Flight, Flights
 from text2weight_service.head_cache import HeadCache
 from text2weight_service.job import Job, Work, plan_work
 from text2weight_service.ladder import Shape
+from text2weight_service.memory import FreedMemory
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model, load_model
 from text2weight_service.redis_store import RedisStore
@@ -350,7 +351,9 @@ class Engine:
             self._fail(error)
             return
         runner, texts = loaded.runner, loaded.texts
+        freed = FreedMemory()
         while self.failure is None:
+            freed.give_back()
             items = self._queue.take_ready(0 if runner.running else self.settings.self_check_s)
             idle = not items and not runner.running
             if idle and self._queue.over:
