@@ -8,6 +8,7 @@ when every head is. The client is on the same machine and takes part of its proc
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import statistics
 import time
@@ -81,6 +82,7 @@ async def _measure(
     engine.start()
     while engine.phase is Phase.STARTING:  # noqa: ASYNC110  the model's thread knows no event of this loop
         await asyncio.sleep(0.01)
+    gc.freeze()  # as the server does
     connections = Connections(url)
 
     async def generate(asked: Asked) -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from text2weight.errors import ArtifactError, InvalidInputError
@@ -23,6 +22,7 @@ FORMAT = "text2weight.head/1"
 STACK_FORMAT = "text2weight.heads/1"
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _MATRICES = ("linear1.weight", "linear2.weight")
 _EMBEDDINGS = "class_embeddings"
 
@@ -100,7 +100,7 @@ def _to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], precis
     if dtype != torch.float32:
         metadata = {**metadata, "precision": precision}
         _check_range(tensors, written, precision)
-    return _with_ordered_metadata(save(written, metadata=dict(metadata)))
+    return _safetensors(written, metadata)
 
 
 def _check_range(tensors: Mapping[str, Tensor], written: Mapping[str, Tensor], precision: Precision) -> None:
@@ -114,14 +114,21 @@ def _check_range(tensors: Mapping[str, Tensor], written: Mapping[str, Tensor], p
             )
 
 
-def _with_ordered_metadata(data: bytes) -> bytes:
-    # The library writes metadata in random order.
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The file of contiguous tensors of one precision.
+
+    Written here because the library puts metadata in random order, and takes ten times as long as the copying of the
+    numbers: as long as a tenth of the denoiser's call.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    parts, end = [], 0
+    for name, tensor in sorted(tensors.items()):
+        parts.append(tensor.flatten().view(torch.uint8).numpy().data)
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def read_head(data: bytes) -> HeadArtifact:

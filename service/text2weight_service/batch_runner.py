@@ -26,7 +26,7 @@ from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
 from text2weight_service.schedule import Running, choose_call
 from text2weight_service.text_stage import GenerationFailedError, fail_item
-from text2weight_service.work_queue import DeadlineError, Generated, Progress, StoppedError, WorkItem
+from text2weight_service.work_queue import DeadlineError, Generated, Progress, StoppedError, WorkItem, resolve_all
 
 __all__ = ["BatchRunner", "GenerationFailedError", "SelfCheckError"]
 
@@ -57,6 +57,7 @@ class BatchRunner:
         self._model = model
         self._metrics = metrics
         self._turn = 0
+        self._results: list[tuple[WorkItem, Generated]] = []
         self._request: GenerationRequest | None = None
         self._expected: Tensor | None = None
         metrics.ladder_rows.set(self.ladder.most)
@@ -132,6 +133,8 @@ class BatchRunner:
             not its own input.
         """
         self._drop_unwanted()
+        # Not before: the event loop answers while the device computes, instead of taking the interpreter from `admit`.
+        self._hand_over()
         if not self.running:
             return True
         self._turn += 1
@@ -140,12 +143,14 @@ class BatchRunner:
         for one in members:
             one.last_turn = self._turn
         left_well = self._leave()
+        if not self.running:
+            self._hand_over()
         return left_well and failed < len(members)
 
     def fail_all(self, error: Exception) -> None:
-        """Resolve all running items with an error."""
-        for one in self.running:
-            one.item.future.set_exception(error)
+        """Resolve all running items with an error, after those that are done."""
+        self._hand_over()
+        resolve_all((one.item, error) for one in self.running)
         self.running.clear()
 
     def _call(self, members: Sequence[Running], rows: int) -> int:
@@ -227,20 +232,25 @@ class BatchRunner:
         return 0
 
     def _leave(self) -> bool:
-        """Resolve the items that are done; returns False when there are some and the model failed on all of them."""
+        """Finish the items that are done; returns False when there are some and the model failed on all of them."""
         done = [one for one in self.running if one.sample.done]
         failed = 0
         for one in done:
             try:
                 artifact = self._with_memory(partial(self._model.finish, one.sample))
-                result = self._result(one, artifact)
+                self._results.append((one.item, self._result(one, artifact)))
             except Exception as error:
                 failed += self._fail(one, error)
                 continue
             self.running.remove(one)
-            one.item.future.set_result(result)
-            self._metrics.heads.inc()
         return not done or failed < len(done)
+
+    def _hand_over(self) -> None:
+        """Resolve the items that are finished."""
+        if self._results:
+            resolve_all(self._results)
+            self._metrics.heads.inc(len(self._results))
+            self._results.clear()
 
     def _result(self, one: Running, artifact: HeadArtifact) -> Generated:
         item = one.item
@@ -262,7 +272,7 @@ class BatchRunner:
         now = time.monotonic()
         for one in [one for one in self.running if one.item.abandoned or now >= one.item.deadline]:
             self.running.remove(one)
-            one.item.future.set_exception(StoppedError() if one.item.abandoned else DeadlineError())
+            one.item.fail(StoppedError() if one.item.abandoned else DeadlineError())
             self._metrics.dropped.labels("left" if one.item.abandoned else "deadline").inc()
 
     def _check_request(self) -> GenerationRequest:

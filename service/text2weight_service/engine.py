@@ -280,7 +280,7 @@ class Engine:
             item = WorkItem(work, known, flight.deadline, *(report or ()))
             flight.item = item
             place.submit(item)
-            result = await asyncio.wrap_future(item.future)
+            result = await item.future
         if reusable:
             self._heads.keep(work.key, result.data)
         if self._redis is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import resource
 import signal
@@ -22,6 +23,7 @@ from text2weight_service.connections import guarded_protocol
 from text2weight_service.engine import Engine
 from text2weight_service.logs import configure_logging
 from text2weight_service.metrics import Metrics
+from text2weight_service.model import Model, load_model
 from text2weight_service.settings import Settings
 from text2weight_service.tracing import end_traces, exporting_provider
 
@@ -68,7 +70,7 @@ def run_server(settings: Settings) -> Exception | None:
         KeysError: the API keys cannot be used, or there are none and other machines can reach the service.
     """
     configure_logging(settings.log_level)
-    engine = Engine(settings)
+    engine = Engine(settings, _load_to_stay)
     tracer_provider = exporting_provider(version("text2weight"))
     app = create_app(settings, engine, tracer_provider)
     check_exposure(settings.http_host, keys=settings.has_keys, allow_anonymous=settings.allow_anonymous)
@@ -103,6 +105,17 @@ def server_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn
         timeout_keep_alive=math.ceil(settings.header_timeout_s),
         timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
     )
+
+
+def _load_to_stay(settings: Settings) -> Model:
+    """Load the model, and spare the garbage collector the search of what will be there until the end.
+
+    Libraries and model are half a million objects; each full collection stops all threads to look at them.
+    """
+    model = load_model(settings)
+    gc.collect()
+    gc.freeze()
+    return model
 
 
 def _allow_open_files(needed: int) -> None:

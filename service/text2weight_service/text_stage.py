@@ -30,10 +30,10 @@ class GenerationFailedError(Exception):
 def fail_item(item: WorkItem, error: Exception) -> bool:
     """Resolve a claimed item with its error; returns whether the model is to blame, and not the request's input."""
     if isinstance(error, InvalidInputError):
-        item.future.set_exception(error)
+        item.fail(error)
         return False
     log.error("generation failed", request_id=item.work.job.request_id, exc_info=error)
-    item.future.set_exception(GenerationFailedError())
+    item.fail(GenerationFailedError())
     return True
 
 
@@ -92,7 +92,7 @@ class TextStage:
                 self._encode([item])
                 done.append(item)
             except Exception as error:
-                if item.future.set_running_or_notify_cancel():
+                if not item.abandoned:
                     self.in_doubt |= fail_item(item, error)
         if self.in_doubt:
             self._queue.wake()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -72,7 +72,7 @@ class Generated:
 
 @dataclass(eq=False)
 class WorkItem:
-    """One computation on its way through the model; several equal requests may wait for it.
+    """One computation on its way through the model; several equal requests may wait for it. Made on an event loop.
 
     Attributes:
         work: what is computed.
@@ -80,7 +80,7 @@ class WorkItem:
         deadline: `time.monotonic()` after which nobody wants the result.
         report: called on the model's thread after each of the item's denoiser calls, or None.
         heads_every: report a head after every so many calls; 0 for never.
-        future: receives the result or an error, exactly once.
+        future: receives the result or an error, through `resolve_all`.
         abandoned: set when nobody waits any more; the model drops the item before its next call.
         queued_at: `time.monotonic()` of its making.
         encoded: embeddings (D,) by text that were computed for it, for the shared cache.
@@ -93,7 +93,7 @@ class WorkItem:
     deadline: float
     report: Callable[[Progress], None] | None = None
     heads_every: int = 0
-    future: Future[Generated] = field(default_factory=Future)
+    future: asyncio.Future[Generated] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     abandoned: bool = False
     queued_at: float = field(default_factory=time.monotonic)
     encoded: Mapping[str, Tensor] = field(default_factory=dict)
@@ -114,13 +114,41 @@ class WorkItem:
         return [text for text in self.work.texts if text not in self.known]
 
     def start(self) -> bool:
-        """Claim the item for the model; False when it was cancelled or, with an error, when it is too late."""
-        if self.abandoned or not self.future.set_running_or_notify_cancel():
+        """Claim the item for the model; False when nobody waits for it or, with an error, when it is too late."""
+        if self.abandoned:
             return False
         if time.monotonic() >= self.deadline:
-            self.future.set_exception(DeadlineError())
+            self.fail(DeadlineError())
             return False
         return True
+
+    def fail(self, error: Exception) -> None:
+        """Resolve the item with an error; on any thread."""
+        resolve_all([(self, error)])
+
+
+def resolve_all(outcomes: Iterable[tuple[WorkItem, Generated | Exception]]) -> None:
+    """Give items their results or errors; on any thread.
+
+    A loop is woken once for all its items: whenever it wakes, it takes the interpreter from the thread that computes,
+    for some milliseconds.
+    """
+    by_loop = defaultdict(list)
+    for item, outcome in outcomes:
+        by_loop[item.future.get_loop()].append((item.future, outcome))
+    for loop, own in by_loop.items():
+        with suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            loop.call_soon_threadsafe(_hand_over, own)
+
+
+def _hand_over(outcomes: Sequence[tuple[asyncio.Future[Generated], Generated | Exception]]) -> None:
+    for future, outcome in outcomes:
+        if future.done():  # cancelled by who waited
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class Place:
@@ -257,10 +285,9 @@ class WorkQueue:
             self._without_texts.clear()
             self._ready.clear()
             self._tell_if_over()
-        started = [item for item in left if item.future.set_running_or_notify_cancel()]
-        for item in started:
-            item.future.set_exception(StoppedError())
-        return len(started)
+        unanswered = [item for item in left if not item.abandoned]
+        resolve_all((item, StoppedError()) for item in unanswered)
+        return len(unanswered)
 
     def _over(self) -> bool:
         return self._stopped or (self._closed and self.waiting == 0)

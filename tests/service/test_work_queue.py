@@ -1,0 +1,78 @@
+"""Results on their way from the model's thread to who waits for them."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from unittest.mock import Mock
+
+import pytest
+
+from tests.service.engines import job, running
+from tests.service.fakes import FakeModel
+from text2weight.generator import GenerationRequest
+from text2weight_service.job import Work
+from text2weight_service.work_queue import DeadlineError, Generated, WorkItem, resolve_all
+
+
+def item() -> WorkItem:
+    return WorkItem(Mock(Work, calls=1, request=Mock(GenerationRequest)), known={}, deadline=0.0)
+
+
+async def test_a_loop_is_woken_once_for_many_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    woken: list[Callable[..., object]] = []
+    wake = loop.call_soon_threadsafe
+
+    def counting(callback: Callable[..., object], *args: object) -> object:
+        woken.append(callback)
+        return wake(callback, *args)
+
+    items = [item() for _ in range(5)]
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
+    thread = threading.Thread(target=resolve_all, args=([(one, Generated(b"", str(i))) for i, one in enumerate(items)],))
+    thread.start()
+    thread.join()
+    monkeypatch.undo()
+    assert len(woken) == 1
+    assert [(await one.future).key for one in items] == ["0", "1", "2", "3", "4"]
+
+
+async def test_who_left_gets_nothing_and_the_others_get_theirs() -> None:
+    left, failed, fine = item(), item(), item()
+    left.future.cancel()
+    resolve_all([(left, Generated(b"", "a")), (failed, DeadlineError()), (fine, Generated(b"", "b"))])
+    assert (await fine.future).key == "b"
+    assert left.future.cancelled()
+    with pytest.raises(DeadlineError):
+        await failed.future
+
+
+def test_a_closed_loop_is_no_error() -> None:
+    async def make() -> WorkItem:
+        return item()
+
+    one = asyncio.run(make())
+    resolve_all([(one, Generated(b"", "a"))])
+    assert not one.future.done()
+
+
+async def test_what_is_finished_is_answered_during_the_next_call(model: FakeModel) -> None:
+    async with running(model, max_batch_size=1) as engine:
+        model.gate.clear()
+        first = asyncio.create_task(engine.generate(job("cat", "tram", seed=1)))
+        await asyncio.to_thread(model.entered.wait)
+        second = asyncio.create_task(engine.generate(job("cat", "bus", seed=2)))
+        while engine._queue.waiting < 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        stopped = threading.Event()
+        model.trouble = lambda samples, rows: _hold(samples[0].request.classes, stopped)
+        model.gate.set()
+        await asyncio.wait_for(first, 30)
+        assert not second.done()
+        stopped.set()
+        await asyncio.wait_for(second, 30)
+
+
+def _hold(classes: tuple[str, ...], until: threading.Event) -> None:
+    if "bus" in classes:
+        assert until.wait(30)
