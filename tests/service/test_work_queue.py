@@ -29,7 +29,8 @@ async def test_a_loop_is_woken_once_for_many_items(monkeypatch: pytest.MonkeyPat
 
     items = [item() for _ in range(5)]
     monkeypatch.setattr(loop, "call_soon_threadsafe", counting)
-    thread = threading.Thread(target=resolve_all, args=([(one, Generated(b"", str(i))) for i, one in enumerate(items)],))
+    outcomes = [(one, Generated(b"", str(i))) for i, one in enumerate(items)]
+    thread = threading.Thread(target=resolve_all, args=(outcomes,))
     thread.start()
     thread.join()
     monkeypatch.undo()
