@@ -96,7 +96,7 @@ async def test_a_request_that_nobody_waits_for_is_dropped_between_steps(model: F
 
 async def test_a_request_that_cannot_be_finished_in_time_is_refused_at_once(model: FakeModel) -> None:
     async with running(model) as engine:
-        slow(model)
+        slow(model, 0.02)
         for i in range(60):
             await engine.generate(job("learn", "bus", seed=i))
         made = model.steps_made

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from tests.service.engines import job, running
+from tests.patience import HELD_S, PATIENCE_S
+from tests.service.engines import job, running, until
 from tests.service.fakes import FakeModel
 from text2weight.generator import GenerationRequest
 from text2weight_service.job import Work
@@ -63,17 +64,16 @@ async def test_what_is_finished_is_answered_during_the_next_call(model: FakeMode
         first = asyncio.create_task(engine.generate(job("cat", "tram", seed=1)))
         await asyncio.to_thread(model.entered.wait)
         second = asyncio.create_task(engine.generate(job("cat", "bus", seed=2)))
-        while engine._queue.waiting < 1:  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
-        stopped = threading.Event()
-        model.trouble = lambda samples, rows: _hold(samples[0].request.classes, stopped)
+        await until(lambda: engine._queue.waiting == 1, "the second in line")
+        let_go = threading.Event()
+        model.trouble = lambda samples, rows: _hold(samples[0].request.classes, let_go)
         model.gate.set()
-        await asyncio.wait_for(first, 30)
+        await asyncio.wait_for(first, PATIENCE_S)
         assert not second.done()
-        stopped.set()
-        await asyncio.wait_for(second, 30)
+        let_go.set()
+        await asyncio.wait_for(second, PATIENCE_S)
 
 
-def _hold(classes: tuple[str, ...], until: threading.Event) -> None:
+def _hold(classes: tuple[str, ...], let_go: threading.Event) -> None:
     if "bus" in classes:
-        assert until.wait(30)
+        assert let_go.wait(HELD_S)
