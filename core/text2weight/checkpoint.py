@@ -315,3 +315,15 @@ def record_evaluation(folder: Path, evaluation: dict[str, Any]) -> CheckpointCon
         CheckpointError: see `read_config`.
     """
     return _write_config(folder, read_config(folder).model_copy(update={"evaluation": evaluation}))
+
+
+def record_outside(folder: Path, outside: OutsideSettings | None) -> CheckpointConfig:
+    """Put how names outside of training are treated into a checkpoint's config: nothing is trained by it.
+
+    Raises:
+        CheckpointError: see `read_config`; the checkpoint does not name the classes of its training.
+    """
+    config = read_config(folder)
+    if outside is not None and not config.classes:
+        raise CheckpointError(f"{folder}/config.json names no classes of training: none can be told to lie outside")
+    return _write_config(folder, config.model_copy(update={"outside": outside}))

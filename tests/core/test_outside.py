@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.tiny import TINY_SPEC, save_tiny_checkpoint, tiny_space
 from text2weight import GenerationRequest, Generator, HeadArtifact
-from text2weight.checkpoint import TextEncoderConfig, load_checkpoint
+from text2weight.checkpoint import TextEncoderConfig, load_checkpoint, record_outside
 from text2weight.descriptions import ConditionText
 from text2weight.errors import CheckpointError
 from text2weight.generator import DenoiserCall
@@ -191,6 +191,23 @@ def test_the_treatment_is_part_of_a_checkpoint_and_absent_where_there_is_none(tm
     assert '"outside"' not in (tmp_path / "without" / "config.json").read_text()
     assert without.sha256 != half.sha256
     assert load_checkpoint(tmp_path / "half").config.outside == OutsideSettings(**SETTINGS)
+
+
+def test_a_finished_checkpoint_takes_other_settings_and_gives_them_back(tmp_path: Path, scaled: Generator) -> None:
+    folder = tmp_path / "checkpoint"
+    before = save_tiny_checkpoint(folder, classes=KNOWN)
+    record_outside(folder, OutsideSettings(**SETTINGS))
+    one, other = Generator.load(folder).generate(MIXED), scaled.generate(MIXED)
+    assert torch.equal(flat(one), flat(other))
+    assert one.metadata["reach"] == other.metadata["reach"]
+    assert record_outside(folder, None).sha256 == before.sha256 == load_checkpoint(folder).config.sha256
+
+
+def test_one_that_names_no_classes_takes_none(tmp_path: Path) -> None:
+    save_tiny_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(CheckpointError, match="names no classes of training"):
+        record_outside(tmp_path / "checkpoint", OutsideSettings(**SETTINGS))
+    load_checkpoint(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize(
