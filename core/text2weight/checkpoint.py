@@ -29,6 +29,7 @@ from text2weight.denoiser import Denoiser, DenoiserConfig
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.errors import CheckpointError
 from text2weight.head import HeadSpec
+from text2weight.outside import OutsideSettings
 from text2weight.samplers import SamplerName, check_sampler
 from text2weight.text_encoder import TEMPLATE_PATTERN
 from text2weight.weight_space import WeightSpace
@@ -74,6 +75,7 @@ class CheckpointConfig(BaseModel):
         prediction: what the network outputs.
         sampler: used where a request names none.
         steps: likewise.
+        outside: how names that are not among `classes` are treated; None for as any other.
         evaluation: measured results, as `t2w evaluate` wrote them.
         files: sha256 of every other file, by path relative to the checkpoint.
     """
@@ -87,8 +89,8 @@ class CheckpointConfig(BaseModel):
     template: str = Field(default="a {}", pattern=TEMPLATE_PATTERN)
     classes: tuple[str, ...] = ()
     task_size: tuple[int, int] = (8, 32)
-    # This and the next but one are left out where they are not used: the hash of checkpoints that are older than they
-    # are stays what it was.
+    # This, `condition_text` and `outside` are left out where they are not used: the hash of checkpoints that are older
+    # than they are stays what it was.
     task_split_sha256: str | None = Field(default=None, exclude_if=lambda digest: digest is None)
     text_encoder: TextEncoderConfig
     condition_text: TextEncoderConfig | None = Field(default=None, exclude_if=lambda source: source is None)
@@ -98,6 +100,7 @@ class CheckpointConfig(BaseModel):
     prediction: Prediction = "x0"
     sampler: SamplerName = "mean"
     steps: PositiveInt = 1
+    outside: OutsideSettings | None = Field(default=None, exclude_if=lambda settings: settings is None)
     evaluation: dict[str, Any] = {}
     files: dict[str, str] = {}
 
@@ -109,6 +112,8 @@ class CheckpointConfig(BaseModel):
                 f"head output_dim {self.head.output_dim} and denoiser embedding_dim {self.denoiser.embedding_dim} "
                 "differ: cosine logits compare head outputs with class embeddings"
             )
+        if self.outside is not None and not self.classes:
+            raise ValueError("outside is given without classes: name those that training saw, or leave it out")
         return self
 
     @property
@@ -310,3 +315,15 @@ def record_evaluation(folder: Path, evaluation: dict[str, Any]) -> CheckpointCon
         CheckpointError: see `read_config`.
     """
     return _write_config(folder, read_config(folder).model_copy(update={"evaluation": evaluation}))
+
+
+def record_outside(folder: Path, outside: OutsideSettings | None) -> CheckpointConfig:
+    """Put how names outside of training are treated into a checkpoint's config: nothing is trained by it.
+
+    Raises:
+        CheckpointError: see `read_config`; the checkpoint does not name the classes of its training.
+    """
+    config = read_config(folder)
+    if outside is not None and not config.classes:
+        raise CheckpointError(f"{folder}/config.json names no classes of training: none can be told to lie outside")
+    return _write_config(folder, config.model_copy(update={"outside": outside}))

@@ -37,6 +37,7 @@ from text2weight.cuda_graphs import GraphedDenoiser
 from text2weight.descriptions import ConditionText, Descriptions, describe_classes
 from text2weight.enhancement import check_fits, check_given, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
+from text2weight.outside import OutsideNames
 from text2weight.samplers import check_sampler, make_plan
 from text2weight.sampling import Denoiser, Sample, advance
 from text2weight.text_encoder import TEMPLATE_PATTERN, TextEncoder, load_text_encoder
@@ -113,7 +114,7 @@ class DenoiserCall:
         items: positions in the batch of the b requests that made this call.
         timesteps: (b,) n.
         samples: (b, P) x_n, before the call.
-        estimates: (b, P) the estimates of x_0.
+        estimates: (b, P) the estimates of x_0, as far from the anchor as the head that is returned would be.
     """
 
     items: tuple[int, ...]
@@ -154,6 +155,7 @@ class Generator:
                 f"text encoder {text_encoder.name} gives {text_encoder.embedding_dim} numbers per text, "
                 f"the checkpoint takes {checkpoint.config.denoiser.embedding_dim}"
             )
+        self._outside = self._learn_names()
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", text_encoder: TextEncoder | None = None) -> Generator:
@@ -269,6 +271,18 @@ class Generator:
         request = self._request(union_of_tasks(names), seed, steps, sampler, guidance_scale)
         return self.generate_batch([replace(request, emphasis=emphasis)])[0]
 
+    def _learn_names(self) -> OutsideNames | None:
+        """What tells the names of training from others, where the checkpoint treats those apart."""
+        settings, names = self.config.outside, self.config.classes
+        if settings is None:
+            return None
+        try:
+            if self._condition_encoder is not None:
+                return OutsideNames(settings, names, self._condition_encoder.encode(names))
+            return OutsideNames(settings, names, self.text_encoder.encode(self.prompts(names)))
+        except InvalidInputError as error:
+            raise CheckpointError(f"{self.path} was trained on names that its text encoder lacks: {error}") from error
+
     def _request(
         self, classes: Sequence[str], seed: int, steps: int | None, sampler: str | None, guidance_scale: float
     ) -> GenerationRequest:
@@ -335,6 +349,11 @@ class Generator:
         if read != expected:
             raise InvalidInputError("descriptions", f"embeddings of the condition are {read}, expected {expected}")
 
+    def _read(self, request: GenerationRequest) -> Tensor:
+        """What the denoiser is shown, (K, D): condition embeddings, those of outside names mixed from known ones."""
+        rows = self._condition_embeddings(request).float()
+        return rows if self._outside is None else self._outside.read(request.classes, rows)
+
     def _condition_embeddings(self, request: GenerationRequest) -> Tensor:
         """What the denoiser reads, (K, D): the request's own choice, the checkpoint's texts, or class embeddings."""
         if request.condition_text is not None:
@@ -361,7 +380,7 @@ class Generator:
             InvalidInputError: see `check`.
         """
         self.check(request)
-        embeddings = self._condition_embeddings(request).float()  # (K, D)
+        embeddings = self._read(request)  # (K, D)
         # Few different shapes, so that equal ones are common: see `sampling.advance`.
         capacity = -(-len(embeddings) // CLASS_MULTIPLE) * CLASS_MULTIPLE
         padded, mask = pad_embeddings([embeddings], capacity)  # (1, K, D), (1, K)
@@ -424,17 +443,29 @@ class Generator:
             before = [samples[i].noisy for i in active]  # b of (P,)
             self.advance([samples[i] for i in active])
             if on_call is not None:
-                estimates = [samples[i].estimate for i in active]  # b of (P,)
-                shown = [self._space.restore(torch.stack(rows)).cpu() for rows in (before, estimates)]  # 2 x (b, P)
-                on_call(DenoiserCall(tuple(active), timesteps, *shown))
+                shown = self._space.restore(torch.stack(before)).cpu()  # (b, P)
+                estimates = torch.stack([self._to_weights(samples[i], samples[i].estimate) for i in active])  # (b, P)
+                on_call(DenoiserCall(tuple(active), timesteps, shown, estimates))
         return [self.finish(sample) for sample in samples]
+
+    def _reach(self, sample: Sample) -> float:
+        """How far a sample's head goes from the anchor to what the denoiser answers; 1 is all the way.
+
+        A given head is an end of its own: `strength` says how far to go from there.
+        """
+        plain = sample.start.given is None
+        return self._outside.reach(sample.request.classes) if self._outside is not None and plain else 1.0
 
     def _to_head(self, sample: Sample, numbers: Tensor) -> HeadArtifact:
         """A sample's head from numbers (P,) in the sampler's space."""
-        weights = self._space.restore(numbers[None])[0].cpu()  # (P,)
-        return self._to_artifact(sample.request, sample.start.finish(self.config.head, weights))
+        weights = sample.start.finish(self.config.head, self._to_weights(sample, numbers))  # (P,)
+        return self._to_artifact(sample.request, weights, self._reach(sample))
 
-    def _to_artifact(self, request: GenerationRequest, weights: Tensor) -> HeadArtifact:
+    def _to_weights(self, sample: Sample, numbers: Tensor) -> Tensor:
+        """Flat weights (P,) on the CPU from numbers (P,) in the sampler's space."""
+        return self._space.restore(numbers[None], self._reach(sample))[0].cpu()
+
+    def _to_artifact(self, request: GenerationRequest, weights: Tensor, reach: float) -> HeadArtifact:
         tensors = {name: tensor.clone() for name, tensor in self.config.head.unflatten(weights).items()}
         metadata = {
             "format": FORMAT,
@@ -452,6 +483,10 @@ class Generator:
         }
         if request.guidance_scale != 1:
             metadata["guidance_scale"] = repr(float(request.guidance_scale))
+        if self._outside is not None and (outside := self._outside.among(request.classes)):
+            metadata["outside"] = json.dumps(outside, ensure_ascii=False)
+        if reach != 1:
+            metadata["reach"] = repr(reach)
         if request.given is not None:
             metadata["strength"] = repr(float(request.strength))
         if request.condition_text is not None:

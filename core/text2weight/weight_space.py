@@ -61,9 +61,17 @@ class WeightSpace:
         """Flat weights (B, P) -> the sampler's variable (B, P)."""
         return (weights - self.anchor - self.offset) / self.scale
 
-    def restore(self, standardised: Tensor) -> Tensor:
-        """The sampler's variable (B, P) -> flat weights (B, P)."""
-        return self.anchor + self.offset + self.scale * standardised
+    def restore(self, standardised: Tensor, reach: float = 1.0) -> Tensor:
+        """The sampler's variable (B, P) -> flat weights (B, P).
+
+        Args:
+            standardised: (B, P).
+            reach: 0..1, how far on the straight line from the anchor to those weights to go. A straight line is one
+                under any scaling, as the map is affine.
+        """
+        if reach == 1:
+            return self.anchor + self.offset + self.scale * standardised
+        return self.anchor + reach * (self.offset + self.scale * standardised)
 
     def to(self, device: torch.device | str) -> WeightSpace:
         """Copy to a device."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from text2weight.artifact import FORMAT, PRECISIONS, STACK_FORMAT
 from text2weight.condition import MAX_NAME_LENGTH
 from text2weight.generator import MAX_SEED
+from text2weight.outside import OutsideSettings
 from text2weight.samplers import SAMPLERS
 from text2weight.text_encoder import TableTextEncoder
 from text2weight_service.classify import backbone_folder
@@ -34,6 +35,9 @@ class ModelInfo(BaseModel):
     sampler: str = Field(description="used where a request names none")
     steps: int = Field(description="likewise")
     samplers: list[str] = Field(description="allowed samplers")
+    outside: OutsideSettings | None = Field(
+        description="how class names that training never saw are treated; null for as any other"
+    )
     evaluation: dict[str, Any] = Field(description="measured results that the checkpoint carries")
 
 
@@ -124,6 +128,7 @@ def _describe_model(model: Model) -> ModelInfo:
         sampler=config.sampler,
         steps=config.steps,
         samplers=list(SAMPLERS),
+        outside=config.outside,
         evaluation=config.evaluation,
     )
 

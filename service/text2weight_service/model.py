@@ -14,6 +14,7 @@ from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.generator import GenerationRequest
 from text2weight.head import HeadSpec
+from text2weight.outside import OutsideSettings
 from text2weight.sampling import Sample
 from text2weight.text_encoder import TextEncoder
 from text2weight_service.settings import Settings
@@ -40,6 +41,11 @@ class ModelConfig(Protocol):
     @property
     def steps(self) -> int:
         """Used where a request names none."""
+        ...
+
+    @property
+    def outside(self) -> OutsideSettings | None:
+        """How names that training never saw are treated; None for as any other."""
         ...
 
     @property

@@ -19,6 +19,7 @@ from text2weight.enhancement import Start
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
 from text2weight.head import HeadSpec
+from text2weight.outside import OutsideSettings
 from text2weight.samplers import check_sampler, make_plan
 from text2weight.sampling import Sample
 
@@ -60,6 +61,7 @@ class FakeConfig:
     head: HeadSpec = SPEC
     sampler: str = "mean"
     steps: int = 1
+    outside: OutsideSettings | None = None
     logit_scale: float = 30.0
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "fake-backbone"})

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -18,15 +19,15 @@ NAMES = tuple(f"thing {i}" for i in range(40))
 DIM = 16
 
 
-def write_tiny_checkpoint(folder: Path) -> Path:
-    """Write a checkpoint for the class names NAMES; returns its folder."""
+def write_tiny_checkpoint(folder: Path, **fields: Any) -> Path:
+    """Write a checkpoint for the class names NAMES, with further fields of its config; returns its folder."""
     source = torch.Generator().manual_seed(0)
     table = folder / "table.safetensors"
     folder.mkdir(parents=True)
     embeddings = F.normalize(torch.randn(len(NAMES), DIM, generator=source), dim=-1)
     write_embedding_tables(table, {"names": EmbeddingTable("a {}", NAMES, embeddings)})
     encoder = TextEncoderConfig(source=f"table:{table}#names", name="names")
-    return _write(folder / "checkpoint", encoder, source, embeddings.mean(0))
+    return _write(folder / "checkpoint", encoder, source, embeddings.mean(0), **fields)
 
 
 def write_tower_checkpoint(folder: Path) -> Path:
@@ -54,6 +55,7 @@ def _write(
     source: torch.Generator,
     center: torch.Tensor,
     parts: dict[str, Path] | None = None,
+    **fields: Any,
 ) -> Path:
     spec = HeadSpec(input_dim=12, hidden_dim=4, output_dim=DIM)
     config = CheckpointConfig(
@@ -62,6 +64,7 @@ def _write(
         text_encoder=encoder,
         denoiser=DenoiserConfig(width=32, depth=2, heads=2, embedding_dim=DIM),
         backbone={"name": "none"},
+        **fields,
     )
     anchor = torch.randn(spec.num_parameters, generator=source)
     space = WeightSpace(anchor, torch.zeros_like(anchor), torch.full_like(anchor, 0.1))

@@ -14,6 +14,7 @@ from tests.training.test_zoo import kill_when_half_written
 from tests.training.toy import toy_preset, write_preset
 from text2weight.checkpoint import read_config
 from text2weight.generator import Generator
+from text2weight.outside import OutsideSettings
 from text2weight_training import fit as fit_module
 from text2weight_training.files import TrainingDataError
 from text2weight_training.fit import Fit, learning_rate_factor
@@ -129,6 +130,13 @@ def test_checkpoint_says_what_it_was_made_of(toy: Toy, tmp_path: Path) -> None:
     assert config.backbone == {"name": "toy backbone", "preprocess": "none", "feature_dim": "16"}
     assert config.text_encoder.fingerprint
     assert set(config.files) == {"model.safetensors", "backbone/config.json", "text_encoder/table.safetensors"}
+
+
+def test_checkpoint_treats_outside_names_as_the_preset_says(toy: Toy, tmp_path: Path) -> None:
+    assert "outside" not in toy.preset.run_description()
+    preset = toy.preset.model_copy(update={"outside": OutsideSettings(reach=0.5, temperature=0.1)})
+    Fit(toy.data, toy.zoo, preset, tmp_path / "s.pt", "cpu").write_checkpoint(tmp_path / "checkpoint")
+    assert read_config(tmp_path / "checkpoint").outside == preset.outside
 
 
 def test_checkpoint_moves_with_its_text_table(toy: Toy, tmp_path: Path) -> None:

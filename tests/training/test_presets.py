@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.training.toy import toy_preset, write_preset
+from text2weight.outside import OutsideSettings
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import load_preset, preset_names
 
@@ -20,12 +21,14 @@ def test_every_bundled_preset_loads() -> None:
         assert preset.head.num_parameters == 16_912
 
 
-def test_heldout_is_small_with_classes_and_pairs_held_out() -> None:
+def test_heldout_is_small_with_classes_and_pairs_held_out_and_what_serves_them() -> None:
     heldout, small = load_preset("heldout"), load_preset("small")
     assert (heldout.zoo.held_out_classes, heldout.zoo.held_out_pairs) == (0.2, 0.05)
-    without = {"held_out_classes": 0.0, "held_out_pairs": 0}
-    assert heldout.zoo.model_copy(update=without) == small.zoo
-    assert heldout.model_copy(update={"zoo": small.zoo, "suites": small.suites}) == small
+    assert heldout.zoo == small.zoo.model_copy(update={"held_out_classes": 0.2, "held_out_pairs": 0.05})
+    assert heldout.fit == small.fit.model_copy(update={"class_mixing": 1.0})
+    assert heldout.outside == OutsideSettings(reach=0.5, temperature=0.1)
+    rest = {"zoo": small.zoo, "fit": small.fit, "outside": None, "suites": small.suites}
+    assert heldout.model_copy(update=rest) == small
 
 
 def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
@@ -67,6 +70,10 @@ def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
             {"fit__permute_units": True, "denoiser__tokens": "chunk"},
             "fit.permute_units contradicts scaling standardise.*set scaling to min_max",
         ),
+        ({"outside": {"reach": 1.1, "temperature": 0.1}}, "outside.reach: Input should be less than or equal to 1"),
+        ({"outside": {"reach": -0.1, "temperature": 0.1}}, "outside.reach: Input should be greater than or equal to 0"),
+        ({"outside": {"reach": 0.5, "temperature": 0}}, "outside.temperature: Input should be greater than 0"),
+        ({"outside": {"reach": 0.5}}, "outside.temperature: Field required"),
         ({"fit__condition_dropout": 0.1}, "denoiser.null_condition is false: set both or neither"),
         ({"denoiser__null_condition": True}, "fit.condition_dropout 0.0 trains .* is true: set both or neither"),
         ({"denoiser__pooled": False, "denoiser__class_tokens": False}, "denoiser: .*pooled and class_tokens are both"),

@@ -13,7 +13,9 @@ import torch
 
 from tests.training.conftest import Toy
 from tests.training.toy import toy_preset
+from text2weight.checkpoint import load_checkpoint, save_checkpoint
 from text2weight.generator import Generator
+from text2weight.outside import OutsideSettings
 from text2weight.text_encoder import load_text_encoder
 from text2weight.weight_space import WeightSpace
 from text2weight_training.files import TrainingDataError
@@ -130,6 +132,28 @@ def test_the_report_needs_nothing_but_the_result(measured: Measured) -> None:
 def test_figures_lie_in_the_suites_folder(measured: Measured) -> None:
     assert (measured.run.out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (measured.run.out / "accuracy.svg").read_text()
+
+
+def test_the_report_says_how_outside_names_were_treated(measured: Measured) -> None:
+    assert measured.result["outside"] is None
+    assert "training never saw" not in report(measured.result)
+    text = report(measured.result | {"outside": {"reach": 0.5, "temperature": 0.1}})
+    assert "mixtures of known names (temperature 0.1) and go 0.5 of the way from the zoo's universal head." in text
+
+
+def test_outside_names_alone_are_scored_otherwise(measured: Measured, tmp_path: Path) -> None:
+    """At reach 0 they get the zoo's universal head, and known ones the heads they had."""
+    made = load_checkpoint(measured.run.generator.path)
+    config = made.config.model_copy(update={"outside": OutsideSettings(reach=0.0, temperature=0.1)})
+    save_checkpoint(tmp_path / "checkpoint", config, made.denoiser, made.space)
+    generator = Generator.load(tmp_path / "checkpoint", text_encoder=measured.run.generator.text_encoder)
+    result = accuracy.run(replace(measured.run, generator=generator, out=tmp_path))
+    for name, entry in result["splits"].items():
+        methods, before = entry["methods"], measured.result["splits"][name]["methods"]
+        if name == "held_out_classes":
+            assert methods["generated/mean/1"]["accuracy"] == methods["universal"]["accuracy"]
+        elif name != "mixed_classes":
+            assert methods["generated/mean/1"] == before["generated/mean/1"]
 
 
 def test_a_zoo_without_harder_splits_has_two_columns(measured: Measured) -> None:

@@ -8,8 +8,7 @@ each further denoising step loses accuracy (exposure bias; docs/results.md has t
 
 The other losses and variants are switches of the preset, off by default: docs/method.md lists them.
 
-Letters: B items (z of the zoo, then b fresh ones), K classes of a task (padded), P numbers in one head,
-h hidden units.
+Letters: B items (z of the zoo, then b fresh ones), K classes of a task (padded), P numbers in a head, h hidden units.
 """
 
 from __future__ import annotations
@@ -449,6 +448,7 @@ class Fit:
             prediction=preset.prediction,
             sampler=preset.sampler,
             steps=preset.steps,
+            outside=preset.outside,
         )
 
 

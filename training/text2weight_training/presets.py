@@ -23,6 +23,7 @@ from pydantic import (
 from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule, Prediction
 from text2weight.head import HeadSpec
+from text2weight.outside import OutsideSettings
 from text2weight.samplers import SamplerName, check_sampler
 from text2weight.weight_space import Scaling
 from text2weight_training.files import TrainingDataError
@@ -186,6 +187,7 @@ class Preset(_Strict):
         fit: see `FitSettings`.
         sampler: default sampler of the checkpoint.
         steps: its default number of denoiser calls.
+        outside: how the checkpoint treats names that training does not see; None for as any other.
         evaluation: see `EvaluationSettings`.
         suites: see `SuitesSettings`; not part of a run's identity, as nothing is trained by it.
     """
@@ -201,6 +203,7 @@ class Preset(_Strict):
     fit: FitSettings = FitSettings()
     sampler: SamplerName = "mean"
     steps: PositiveInt = 1
+    outside: OutsideSettings | None = Field(default=None, exclude_if=lambda settings: settings is None)
     evaluation: EvaluationSettings
     suites: SuitesSettings = SuitesSettings()
 

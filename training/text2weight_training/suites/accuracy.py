@@ -96,7 +96,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
     with Progress() as progress:
         trained = _train_baselines(run, progress)
         splits = {name: _measure_split(run, trained, name, chosen, progress) for name, chosen in tasks.items()}
-    obstacle = zero_shot_obstacle(run.data)
+    obstacle, outside = zero_shot_obstacle(run.data), run.generator.config.outside
     result = {
         "backbone": run.data.backbone["name"],
         "classes": len(run.data.classes),
@@ -104,6 +104,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
         "headline": default_method(run.preset),
         "oracle_seeds": settings.oracle_seeds,
         "hypernetwork": trained.hypernetwork.chosen,
+        "outside": None if outside is None else outside.model_dump(),
         "not_applicable": {} if obstacle is None else {ZERO_SHOT: obstacle},
         "splits": splits,
     }
@@ -311,6 +312,12 @@ def report(result: dict[str, Any]) -> str:
         f"The MLP hypernetwork, of a grid and by its error on a tenth of the zoo: width {chosen['width']}, "
         f"learning rate {chosen['learning_rate']:g}, weight decay {chosen['weight_decay']:g}."
     )
+    if result.get("outside"):
+        parts.append(
+            "For names that training never saw, generated heads read mixtures of known names (temperature "
+            f"{result['outside']['temperature']:g}) and go {result['outside']['reach']:g} of the way from the zoo's "
+            "universal head."
+        )
     parts += [f"{name} does not apply: {reason}." for name, reason in result["not_applicable"].items()]
     for title, entry in splits.items():
         parts += [f"### {title.capitalize()}", _describe_split(entry), _split_table(entry, result)]
