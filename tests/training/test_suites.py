@@ -20,7 +20,7 @@ from text2weight_training.model_cli import evaluate_app
 from text2weight_training.presets import Preset, load_preset
 from text2weight_training.suites import SUITES, choose_suites, load_suite
 from text2weight_training.suites.base import read_kept, write_kept
-from text2weight_training.suites.runner import run_suites, with_paraphrases
+from text2weight_training.suites.runner import run_suites, with_paraphrases, with_pictures
 from text2weight_training.zoo import Zoo
 
 # The toy problem has no pictures, so the suite `gradcam` measures nothing on it.
@@ -107,6 +107,31 @@ def test_a_finished_suite_is_kept_until_something_differs(
     assert measure(toy_run.preset.model_copy(update={"suites": changed})) == [5, 3]
     assert measure(toy_run.preset.model_copy(update={"steps": 2, "sampler": "ddim"})) == [6, 7]
     assert measure(zoo=replace(toy.zoo, manifest={**toy.zoo.manifest, "note": 1})) == [8, 9]
+
+
+def test_a_suite_is_measured_anew_when_a_file_that_it_reads_has_changed(
+    toy: Toy, toy_run: ToyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    for name in ("reading", "gradcam"):
+        monkeypatch.setattr(load_suite(name), "run", lambda run, name=name: ran.append(name) or {})
+    table, pictures = tmp_path / "table.safetensors", tmp_path / "pictures"
+    (pictures / "test").mkdir(parents=True)
+    table.write_bytes(b"1")
+    preset = with_pictures(with_paraphrases(toy_run.preset, [f"{table}#other"]), pictures, None)
+
+    def measure() -> list[str]:
+        ran.clear()
+        every = ["reading", "gradcam"]
+        list(run_suites(every, toy.data, toy.zoo, toy_run.out / "checkpoint", preset, tmp_path / "out"))
+        return list(ran)
+
+    assert measure() == ["reading", "gradcam"]
+    assert measure() == []
+    table.write_bytes(b"22")
+    assert measure() == ["reading"]
+    (pictures / "test" / "new.png").write_bytes(b"3")
+    assert measure() == ["gradcam"]
 
 
 def test_a_zoo_that_does_not_fit_is_refused(toy: Toy, toy_run: ToyRun, tmp_path: Path) -> None:

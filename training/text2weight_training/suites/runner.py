@@ -15,6 +15,7 @@ from text2weight_training.files import atomic_path
 from text2weight_training.presets import Preset
 from text2weight_training.suites import choose_suites, load_suite
 from text2weight_training.suites.base import SuiteRun, read_kept
+from text2weight_training.suites.settings import SuitesSettings
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
@@ -85,10 +86,23 @@ def _origin(run: SuiteRun, name: str) -> str:
         "preset": run.preset.run_description(),
         # As they are in memory: results show two tables or folders of one name alike.
         "settings": repr(getattr(suites, name)),
+        "files": _files_read(suites, name),
         # Several suites train heads with them.
         "regularisers": [suites.accuracy.label_smoothing, suites.accuracy.feature_dropout],
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def _files_read(suites: SuitesSettings, name: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of the files that a suite reads beside data, zoo and checkpoint."""
+    places: list[str | Path | None] = []
+    if name == "reading":
+        places += [table.rpartition("#")[0] for table in suites.reading.paraphrases]
+    if name == "gradcam":
+        places += [suites.gradcam.images, suites.gradcam.backbone]
+    roots = [Path(place) for place in places if place is not None]
+    files = [file for root in roots for file in (root, *sorted(root.rglob("*"))) if file.is_file()]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def with_pictures(preset: Preset, images: Path | None, backbone: str | None) -> Preset:
