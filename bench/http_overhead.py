@@ -8,7 +8,6 @@ when every head is. The client is on the same machine and takes part of its proc
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 import statistics
 import time
@@ -25,6 +24,7 @@ from demo.service_process import ServiceError
 from text2weight.checkpoint import read_config
 from text2weight_service.engine import Engine, Phase
 from text2weight_service.job import Job
+from text2weight_service.server import load_to_stay
 from text2weight_service.settings import Settings
 
 CONCURRENCY = 64
@@ -78,11 +78,10 @@ async def _measure(
     checkpoint: Path, names: tuple[str, ...], url: str, rounds: Sequence[Sequence[Asked]]
 ) -> list[tuple[float, float, float]]:
     """Answers per second in each round: of the engine, over HTTP when no head is known, and when every head is."""
-    engine = Engine(Settings(checkpoint=str(checkpoint)))
+    engine = Engine(Settings(checkpoint=str(checkpoint)), load_to_stay)
     engine.start()
     while engine.phase is Phase.STARTING:  # noqa: ASYNC110  the model's thread knows no event of this loop
         await asyncio.sleep(0.01)
-    gc.freeze()  # as the server does
     connections = Connections(url)
 
     async def generate(asked: Asked) -> None:

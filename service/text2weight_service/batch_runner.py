@@ -86,6 +86,7 @@ class BatchRunner:
             SelfCheckError: the numbers are others than at start.
             Exception: whatever the model raises.
         """
+        self._hand_over()
         self._request = self._check_request()
         with self.watch:
             sample = self._model.begin(self._request)
@@ -143,7 +144,7 @@ class BatchRunner:
         for one in members:
             one.last_turn = self._turn
         left_well = self._leave()
-        if not self.running:
+        if failed or not left_well or not self.running:  # what comes next may take its time, or be the last
             self._hand_over()
         return left_well and failed < len(members)
 
@@ -270,10 +271,11 @@ class BatchRunner:
         if self.stop:
             self.fail_all(StoppedError())
         now = time.monotonic()
-        for one in [one for one in self.running if one.item.abandoned or now >= one.item.deadline]:
+        unwanted = [one for one in self.running if one.item.abandoned or now >= one.item.deadline]
+        for one in unwanted:
             self.running.remove(one)
-            one.item.fail(StoppedError() if one.item.abandoned else DeadlineError())
             self._metrics.dropped.labels("left" if one.item.abandoned else "deadline").inc()
+        resolve_all((one.item, DeadlineError()) for one in unwanted if not one.item.abandoned)
 
     def _check_request(self) -> GenerationRequest:
         """Two classes by the default sampler, always the same."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import time
 
-# A trim takes milliseconds, and what it gave back costs as much again when it is needed next.
+# A trim takes milliseconds, and the next call some tens of them more, for what it needs again.
 TRIM_EVERY_S = 60.0
 
 
@@ -21,6 +21,8 @@ class FreedMemory:
         """Give memory back at most once in `every_s` seconds, the first time at once."""
         # glibc's own; other C libraries keep little, and have no such call.
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if self._trim is not None:
+            self._trim.argtypes = [ctypes.c_size_t]
         self._every_s = every_s
         self._due_at = time.monotonic()
 

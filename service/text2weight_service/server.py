@@ -70,7 +70,7 @@ def run_server(settings: Settings) -> Exception | None:
         KeysError: the API keys cannot be used, or there are none and other machines can reach the service.
     """
     configure_logging(settings.log_level)
-    engine = Engine(settings, _load_to_stay)
+    engine = Engine(settings, load_to_stay)
     tracer_provider = exporting_provider(version("text2weight"))
     app = create_app(settings, engine, tracer_provider)
     check_exposure(settings.http_host, keys=settings.has_keys, allow_anonymous=settings.allow_anonymous)
@@ -107,10 +107,13 @@ def server_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn
     )
 
 
-def _load_to_stay(settings: Settings) -> Model:
+def load_to_stay(settings: Settings) -> Model:
     """Load the model, and spare the garbage collector the search of what will be there until the end.
 
     Libraries and model are half a million objects; each full collection stops all threads to look at them.
+
+    Raises:
+        CheckpointError: see `load_model`.
     """
     model = load_model(settings)
     gc.collect()

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest.mock import Mock
 
 import pytest
@@ -11,6 +11,8 @@ from tests.patience import HELD_S, PATIENCE_S
 from tests.service.engines import job, running, until
 from tests.service.fakes import FakeModel
 from text2weight.generator import GenerationRequest
+from text2weight.sampling import Sample
+from text2weight_service.engine import NotReadyError
 from text2weight_service.job import Work
 from text2weight_service.work_queue import DeadlineError, Generated, WorkItem, resolve_all
 
@@ -77,3 +79,28 @@ async def test_what_is_finished_is_answered_during_the_next_call(model: FakeMode
 def _hold(classes: tuple[str, ...], let_go: threading.Event) -> None:
     if "bus" in classes:
         assert let_go.wait(HELD_S)
+
+
+async def test_what_is_finished_is_answered_though_the_device_is_lost(model: FakeModel) -> None:
+    """One request ends with the call after which the self-check fails; the other would go on."""
+    async with running(model) as engine:
+        calls: list[int] = []
+
+        def break_down(samples: Sequence[Sample], rows: int) -> None:
+            if len(samples) < 2:  # before both take part
+                return
+            calls.append(len(samples))
+            model.wrong = True
+            engine._loaded.texts.in_doubt = True  # type: ignore[union-attr]
+
+        model.gate.clear()
+        long = asyncio.create_task(engine.generate(job("cat", "tram", steps=500)))
+        await asyncio.to_thread(model.entered.wait)
+        short = asyncio.create_task(engine.generate(job("cat", "bus")))
+        await until(lambda: engine._queue.waiting == 1, "the second in line")
+        model.trouble = break_down
+        model.gate.set()
+        with pytest.raises(NotReadyError):
+            await asyncio.wait_for(long, PATIENCE_S)
+        assert calls
+        assert (await asyncio.wait_for(short, PATIENCE_S)).data

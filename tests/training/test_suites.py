@@ -115,10 +115,14 @@ def test_a_suite_is_measured_anew_when_a_file_that_it_reads_has_changed(
     ran: list[str] = []
     for name in ("reading", "gradcam"):
         monkeypatch.setattr(load_suite(name), "run", lambda run, name=name: ran.append(name) or {})
-    table, pictures = tmp_path / "table.safetensors", tmp_path / "pictures"
-    (pictures / "test").mkdir(parents=True)
-    table.write_bytes(b"1")
-    preset = with_pictures(with_paraphrases(toy_run.preset, [f"{table}#other"]), pictures, None)
+    table, only_table = tmp_path / "table.safetensors", tmp_path / "only.safetensors"
+    pictures, backbone = tmp_path / "pictures", tmp_path / "backbone"
+    for folder in (pictures / "test", backbone):
+        folder.mkdir(parents=True)
+    for file in (table, only_table, backbone / "model.safetensors"):
+        file.write_bytes(b"1")
+    tables = [f"{table}#other", str(only_table)]
+    preset = with_pictures(with_paraphrases(toy_run.preset, tables), pictures, f"dir:{backbone}")
 
     def measure() -> list[str]:
         ran.clear()
@@ -128,8 +132,11 @@ def test_a_suite_is_measured_anew_when_a_file_that_it_reads_has_changed(
 
     assert measure() == ["reading", "gradcam"]
     assert measure() == []
-    table.write_bytes(b"22")
-    assert measure() == ["reading"]
+    for file in (table, only_table):
+        file.write_bytes(b"22")
+        assert measure() == ["reading"]
+    (backbone / "model.safetensors").write_bytes(b"22")
+    assert measure() == ["gradcam"]
     (pictures / "test" / "new.png").write_bytes(b"3")
     assert measure() == ["gradcam"]
 

@@ -27,7 +27,7 @@ def run_suites(
 ) -> Iterator[dict[str, Any]]:
     """Run suites one after the other, each written to `out`/NAME.json when it is done.
 
-    A result that is there already, of the same checkpoint, data, zoo, preset and settings, is kept.
+    A result that is there already, of the same checkpoint, data, zoo, preset, settings and other files read, is kept.
 
     Args:
         names: suites, or "all".
@@ -86,10 +86,11 @@ def _origin(run: SuiteRun, name: str) -> str:
         "preset": run.preset.run_description(),
         # As they are in memory: results show two tables or folders of one name alike.
         "settings": repr(getattr(suites, name)),
-        "files": _files_read(suites, name),
         # Several suites train heads with them.
         "regularisers": [suites.accuracy.label_smoothing, suites.accuracy.feature_dropout],
     }
+    if files := _files_read(suites, name):
+        made_of["files"] = files
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,10 +98,10 @@ def _files_read(suites: SuitesSettings, name: str) -> list[tuple[str, int, int]]
     """Path, size and time of change of the files that a suite reads beside data, zoo and checkpoint."""
     places: list[str | Path | None] = []
     if name == "reading":
-        places += [table.rpartition("#")[0] for table in suites.reading.paraphrases]
+        places += [table.partition("#")[0] for table in suites.reading.paraphrases]
     if name == "gradcam":
-        places += [suites.gradcam.images, suites.gradcam.backbone]
-    roots = [Path(place) for place in places if place is not None]
+        places += [suites.gradcam.images, (suites.gradcam.backbone or "").removeprefix("dir:")]
+    roots = [Path(place) for place in places if place]
     files = [file for root in roots for file in (root, *sorted(root.rglob("*"))) if file.is_file()]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
