@@ -8,6 +8,7 @@ when every head is. The client is on the same machine and takes part of its proc
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import statistics
 import time
@@ -98,6 +99,7 @@ async def _measure(
     finally:
         await connections.close()
         await engine.stop()
+        gc.unfreeze()  # as the server does at its end
 
 
 async def _rate(ask: Callable[[Asked], Awaitable[None]], requests: Sequence[Asked]) -> float:

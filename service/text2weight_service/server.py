@@ -85,6 +85,7 @@ def run_server(settings: Settings) -> Exception | None:
     with listener, _ignored(signal.SIGTERM, signal.SIGINT):
         log.info("listening", host=settings.http_host, port=listener.getsockname()[1])
         server.run(sockets=[listener])
+    gc.unfreeze()  # or libraries report at exit that objects were left over
     if tracer_provider is not None:
         end_traces(tracer_provider)
     return engine.failure
