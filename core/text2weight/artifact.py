@@ -16,13 +16,13 @@ from torch import Tensor
 
 from text2weight.errors import ArtifactError, InvalidInputError
 from text2weight.head import HeadSpec
-from text2weight.strict_safetensors import Entry, is_text, load_json, make_tensors, read_header
+from text2weight.strict_safetensors import DTYPES, Entry, is_text, load_json, make_tensors, read_header
 
 FORMAT = "text2weight.head/1"
 STACK_FORMAT = "text2weight.heads/1"
 Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MATRICES = ("linear1.weight", "linear2.weight")
 _EMBEDDINGS = "class_embeddings"
 
@@ -125,7 +125,7 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     for name, tensor in sorted(tensors.items()):
         parts.append(tensor.flatten().view(torch.uint8).numpy().data)
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])

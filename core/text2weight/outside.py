@@ -62,6 +62,8 @@ class OutsideNames:
     def read(self, classes: Sequence[str], rows: Tensor) -> Tensor:
         """What the denoiser reads, (K, D), from the embeddings (K, D) of K names; rows of known names stay."""
         outside = set(self.among(classes))
+        if not outside:
+            return rows
         chosen = torch.tensor([name in outside for name in classes])[:, None]  # (K, 1)
         return torch.where(chosen, mix_known(self._embeddings, rows, self._settings.temperature), rows)
 
