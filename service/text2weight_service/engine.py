@@ -177,17 +177,17 @@ class Engine:
         """
         loaded = self._require_ready()
         work = plan_work(loaded.model, job)
-        while True:
-            head = self._heads.get(work.key) if job.reusable else None
-            if head is not None:
-                return Generated(head, work.key)
-            try:
-                with self._as_answers():
+        with self._as_answers():
+            while True:
+                head = self._heads.get(work.key) if job.reusable else None
+                if head is not None:
+                    return Generated(head, work.key)
+                try:
                     return await self._flights.wait(work.key, job.deadline, partial(self._compute, loaded, work))
-            except DeadlineError as error:
-                if isinstance(error, HopelessError) or time.monotonic() >= job.deadline:
-                    raise
-                # Joined in the moment in which the others' time was over: compute it anew.
+                except DeadlineError as error:
+                    if isinstance(error, HopelessError) or time.monotonic() >= job.deadline:
+                        raise
+                    # Joined in the moment in which the others' time was over: compute it anew.
 
     async def stream(self, job: Job, heads_every: int) -> AsyncGenerator[Progress | Generated]:
         """Generate one head and report its denoiser calls; the finished head comes last.

@@ -143,28 +143,32 @@ async def while_connected(request: Request, works: Sequence[Coroutine[Any, Any, 
     Raises:
         ClientDisconnect: the client is gone.
     """
-    tasks = [asyncio.create_task(work) for work in works]
-    gone = asyncio.create_task(_disconnection(request))
-    waiting = set(tasks)
     try:
-        while waiting:
-            await asyncio.wait({*waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-            for task in [task for task in waiting if task.done()]:
-                task.result()
-                waiting.discard(task)
-            if waiting and gone.done():
-                raise ClientDisconnect
-        return [task.result() for task in tasks]
+        async with asyncio.timeout(None) as until_gone:
+            watch = asyncio.create_task(_watch_for_leaving(request, until_gone))
+            try:
+                return await _all_of(works)
+            finally:
+                watch.cancel()
+    except TimeoutError:
+        if until_gone.expired():
+            raise ClientDisconnect from None
+        raise
+
+
+async def _all_of(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    if len(works) == 1:  # mostly: the task of the request does it
+        return [await works[0]]
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
     finally:
-        gone.cancel()
         for task in tasks:
             task.cancel()
-        await asyncio.wait((*tasks, gone))
-        for task in tasks:
-            if not task.cancelled():
-                task.exception()  # asyncio reports one that nobody looked at
+        await asyncio.wait(tasks)
 
 
-async def _disconnection(request: Request) -> None:
+async def _watch_for_leaving(request: Request, until_gone: asyncio.Timeout) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    until_gone.reschedule(0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 
 from text2weight_service.metrics import Metrics
-from text2weight_service.work_queue import DeadlineError, Generated, WorkItem
+from text2weight_service.work_queue import Generated, WorkItem
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class Flights:
             compute: makes the computation of a flight.
 
         Raises:
-            DeadlineError: the time is over.
+            TimeoutError: the time is over.
             Exception: whatever the computation raises.
         """
         flight = self._flights.get(key)
@@ -70,10 +70,10 @@ class Flights:
         flight.extend(deadline)
         flight.waiting += 1
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await asyncio.shield(flight.task)
-        except TimeoutError:
-            raise DeadlineError from None
+            await asyncio.wait((flight.task,), timeout=deadline - time.monotonic())
+            if not flight.task.done():
+                raise TimeoutError
+            return flight.task.result()
         finally:
             flight.waiting -= 1
             if flight.waiting == 0 and not flight.task.done():

@@ -96,8 +96,7 @@ def server_config(app: FastAPI, settings: Settings, metrics: Metrics) -> uvicorn
     return uvicorn.Config(
         app,
         http=guarded_protocol(settings, metrics),
-        # Chosen here, or another extra would change it: uvicorn takes what happens to be installed.
-        loop="asyncio",
+        loop="uvloop",
         ws="none",
         log_config=None,
         access_log=False,

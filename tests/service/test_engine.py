@@ -124,7 +124,7 @@ def test_deadline(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         for future in (running, late):
             assert future.result().status_code == 504
             assert future.result().json()["type"] == "urn:text2weight:problem:deadline"
-        assert live.metric("t2w_queue_waiting") == 0
+        wait_for(lambda: live.metric("t2w_queue_waiting") == 0, "their places")
         model.gate.set()
         wait_for(lambda: live.generate("in", "time").status_code == 200, "an answer in time")
     assert [("too", "late")] not in model.batches, "an expired request must not be computed"

@@ -29,3 +29,31 @@ async def test_nobody_joins_a_computation_that_was_refused_for_another() -> None
     assert second.data == b"head"
     with pytest.raises(HopelessError):
         await first
+
+
+async def test_who_runs_out_of_time_leaves_the_others_their_computation() -> None:
+    flights, end = Flights(Metrics()), asyncio.Event()
+    ended: list[str] = []
+
+    async def computed(_: Flight) -> Generated:
+        try:
+            await end.wait()
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        return Generated(b"head", "key")
+
+    patient = asyncio.create_task(flights.wait("key", time.monotonic() + PATIENCE_S, computed))
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        await flights.wait("key", time.monotonic(), computed)
+    assert not ended
+    end.set()
+    assert (await patient).data == b"head"
+
+    end.clear()
+    with pytest.raises(TimeoutError):
+        await flights.wait("key", time.monotonic() + 0.01, computed)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert ended == ["cancelled"], "nobody waits for it any more"
