@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.training.toy import toy_preset, write_preset
+from text2weight.checkpoint import bundled_checkpoint, read_config
 from text2weight.outside import OutsideSettings
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import load_preset, preset_names
@@ -29,6 +30,15 @@ def test_heldout_is_small_with_classes_and_pairs_held_out_and_what_serves_them()
     assert heldout.outside == OutsideSettings(reach=0.5, temperature=0.1)
     rest = {"zoo": small.zoo, "fit": small.fit, "outside": None, "suites": small.suites}
     assert heldout.model_copy(update=rest) == small
+
+
+def test_the_bundled_model_is_made_by_its_preset() -> None:
+    config, preset = read_config(bundled_checkpoint()), load_preset("reference")
+    assert config.head == preset.head
+    assert config.denoiser == preset.denoiser
+    assert config.outside == preset.outside
+    assert (config.sampler, config.steps) == (preset.sampler, preset.steps)
+    assert len(config.evaluation["results"]["unseen"]) >= len(preset.evaluation.samplers)
 
 
 def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
