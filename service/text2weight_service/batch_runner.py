@@ -281,13 +281,15 @@ class BatchRunner:
         """Two classes by the default sampler, always the same."""
         sampler, steps = self._model.resolve_sampling(None, None)
         encoder = self._model.text_encoder
+        # Of names that training never saw a head may follow the denoiser only in part, and hide its faults.
+        classes = self._model.config.classes[:2] or _WARM_UP_CLASSES
         try:
             with self.watch:
-                embeddings = encoder.encode(self._model.prompts(_WARM_UP_CLASSES))  # (K, D)
+                embeddings = encoder.encode(self._model.prompts(classes))  # (K, D)
         except InvalidInputError:  # a table of embeddings need not hold these names
-            embeddings = torch.eye(len(_WARM_UP_CLASSES), encoder.embedding_dim)  # (K, D)
+            embeddings = torch.eye(len(classes), encoder.embedding_dim)  # (K, D)
         text = ConditionText(embeddings, "warm-up")  # nor need a checkpoint's own condition texts
-        return GenerationRequest(_WARM_UP_CLASSES, embeddings, 0, steps, sampler, condition_text=text)
+        return GenerationRequest(classes, embeddings, 0, steps, sampler, condition_text=text)
 
 
 def _give_memory_back() -> None:

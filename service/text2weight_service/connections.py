@@ -19,6 +19,8 @@ from text2weight_service.problems import MEDIA_TYPE, Kind, ProblemError, problem
 from text2weight_service.settings import Settings
 
 _LONGEST_INTERVAL_S = 1.0
+# Bytes that wait to be sent: more than the first stop whoever writes, until fewer than the second wait.
+_MOST_UNSENT, _FEW_UNSENT = 64 * 1024, 16 * 1024
 _RETRY_AFTER_S = 1
 
 
@@ -28,7 +30,7 @@ class ConnectionLimits:
 
     Attributes:
         header_timeout_s: from the start of a connection, or the end of an answer, to the end of the next headers.
-        send_timeout_s: for a client to take what waits to be sent, or at least some 48 kB of it.
+        send_timeout_s: for a client to take what waits to be sent, or most of it.
         most: open connections.
     """
 
@@ -46,6 +48,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to watch; one connection too many ends the one that waits longest for its client, or itself."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(_MOST_UNSENT, _FEW_UNSENT)  # uvloop's own second one is 16 bytes
         self._waiting_since = self.loop.time()
         self._unsent_since: float | None = None
         shortest = min(self.limits.header_timeout_s, self.limits.send_timeout_s)

@@ -44,6 +44,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Names it was trained on; empty where it does not say."""
+        ...
+
+    @property
     def outside(self) -> OutsideSettings | None:
         """How names that training never saw are treated; None for as any other."""
         ...

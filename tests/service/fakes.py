@@ -62,6 +62,7 @@ class FakeConfig:
     sampler: str = "mean"
     steps: int = 1
     outside: OutsideSettings | None = None
+    classes: tuple[str, ...] = ()
     logit_scale: float = 30.0
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "fake-backbone"})

@@ -295,3 +295,18 @@ def test_the_self_check_knows_its_head_again(model: FakeModel) -> None:
     with pytest.raises(SelfCheckError):
         runner.check()
     assert runner.times.seconds is not None
+
+
+@pytest.mark.parametrize(("known", "asked"), [((), ["a cat", "a dog"]), (("ant", "bee", "fox"), ["a ant", "a bee"])])
+def test_the_self_check_asks_for_names_of_the_checkpoint(
+    model: FakeModel, known: tuple[str, ...], asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.config.classes = known
+    texts: list[list[str]] = []
+    encode = model.text_encoder.encode
+    monkeypatch.setattr(model.text_encoder, "encode", lambda names: texts.append(list(names)) or encode(names))
+    runner = BatchRunner(model, Metrics(), 4)
+    runner.warm_up()
+    runner.check()
+    assert texts
+    assert all(names == asked for names in texts)

@@ -70,6 +70,8 @@ def test_variants_change_what_they_say() -> None:
 def test_places_of_fresh_items_that_nothing_would_use_go_to_zoo_heads() -> None:
     assert changed("task_loss", toy_preset()) == {"fit.task_weight": 0.0, "fit.zoo_batch": 16}
     assert changed("fresh_items", toy_preset()) == {"fit.fresh_batch": 0, "fit.zoo_batch": 16}
+    assert load_preset("reference").fit.teacher is not None
+    assert make_variant("task_loss", load_preset("reference"), 0).preset.fit.teacher is None
     adversary = toy_preset(fit__adversarial_weight=0.01)
     assert changed("task_loss", adversary) == {"fit.task_weight": 0.0}
     assert make_variant("task_loss", toy_preset(), 0).title == "without L_task"

@@ -132,7 +132,8 @@ def ridge_heads(inputs: Tensor, zoo: Zoo, queries: Tensor) -> Tensor:
         (M, P).
     """
     scale = inputs.std().clamp(min=1e-8)
-    known, asked = (inputs / scale).numpy(), (queries / scale).numpy()
+    # In double precision: the smallest strength leaves a matrix that single precision cannot solve well.
+    known, asked = (inputs / scale).double().numpy(), (queries / scale).double().numpy()
     deviations = (zoo.weights - zoo.universal).numpy()  # (n, P)
     held_out = max(1, len(known) // 10)
 

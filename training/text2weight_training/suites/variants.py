@@ -89,7 +89,13 @@ def _task_loss(preset: Preset) -> Made:
         return _turned(False, "L_task", {"fit": {"task_weight": TASK_WEIGHT}})
     # Fresh items are of use to L_task and L_adv alone; without both their places in the batch go to zoo heads.
     zoo_batch = fit.zoo_batch + (0 if fit.adversarial_weight else fit.fresh_batch)
-    changes = {"task_weight": 0.0, "zoo_batch": zoo_batch, "diffusion_weight": fit.diffusion_weight or 1.0}
+    # A teacher's answers are targets of L_task alone.
+    changes = {
+        "task_weight": 0.0,
+        "teacher": None,
+        "zoo_batch": zoo_batch,
+        "diffusion_weight": fit.diffusion_weight or 1.0,
+    }
     return _turned(True, "L_task", {"fit": changes})
 
 
