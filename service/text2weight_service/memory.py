@@ -11,7 +11,7 @@ import ctypes
 import time
 
 # A trim takes milliseconds, and the next call some tens of them more, for what it needs again.
-TRIM_EVERY_S = 60.0
+TRIM_EVERY_S = 15.0
 
 
 class FreedMemory:
