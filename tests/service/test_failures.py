@@ -287,6 +287,35 @@ async def test_what_hangs_holds_a_stop_up_for_one_drain_timeout_and_no_longer(mo
     await until(lambda: not engine._thread.is_alive(), "the end of the thread")
 
 
+@pytest.mark.parametrize(("fits", "largest"), [(32, 32), (9, 8), (1, 1)])
+def test_the_largest_usual_call_is_made_at_start_and_shrinks_until_it_fits(
+    model: FakeModel, fits: int, largest: int
+) -> None:
+    made: list[tuple[int, int]] = []
+
+    def remember(samples: Sequence[Sample], rows: int) -> None:
+        made.append((rows, len(samples[0].request.classes)))
+        if rows > fits and made[-1][1] > 2:
+            raise torch.OutOfMemoryError
+
+    model.trouble = remember
+    runner = BatchRunner(model, Metrics(), 32)
+    runner.warm_up()
+    assert max(rows for rows, classes in made if classes == 32 and rows <= fits) == largest
+    assert runner.ladder.most == largest
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("device lost")])
+def test_a_machine_that_cannot_make_the_smallest_usual_call_is_not_started(model: FakeModel, error: Exception) -> None:
+    def fail(samples: Sequence[Sample], rows: int) -> None:
+        if len(samples[0].request.classes) > 2:
+            raise error
+
+    model.trouble = fail
+    with pytest.raises(type(error)):
+        BatchRunner(model, Metrics(), 32).warm_up()
+
+
 def test_the_self_check_knows_its_head_again(model: FakeModel) -> None:
     runner = BatchRunner(model, Metrics(), 4)
     runner.warm_up()
