@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -63,8 +64,22 @@ def test_backbone_then_features_of_the_other_half(backbone: Path, pictures: Path
     assert 0 < len(content.train_labels) < len(read_feature_file(tmp_path / "all.st").train_labels) == 48
 
 
+def test_more_views_of_the_training_pictures(backbone: Path, pictures: Path, tmp_path: Path) -> None:
+    contents = {}
+    for views in (1, 3):
+        out = tmp_path / f"{views}.safetensors"
+        result = run(features_app, "--root", pictures, "--backbone", f"dir:{backbone}", "--views", views, "-o", out)
+        assert result.exit_code == 0, result.output
+        contents[views] = read_feature_file(out)
+    assert "48 (3 views of each) training and 8 test images" in result.output
+    plain, viewed = contents[1], contents[3]
+    torch.testing.assert_close(viewed.train_features[:48], plain.train_features)
+    assert not torch.allclose(viewed.train_features[96:], plain.train_features)
+    assert torch.equal(viewed.train_labels, plain.train_labels.repeat(3))
+    torch.testing.assert_close(viewed.test_features, plain.test_features)
+
+
 def test_distil_then_embed(tmp_path: Path) -> None:
-    import torch
     import torch.nn.functional as F
 
     from text2weight.text_encoder import write_embedding_tables

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from text2weight_training.files import TrainingDataError
-from text2weight_training.image_data import decode_blocks, find_images, load_pixels
+from text2weight_training.image_data import LabelledImages, decode_blocks, find_images, load_pixels
 
 
 def save_picture(path: Path, colour: tuple[int, int, int] = (10, 200, 30), size: tuple[int, int] = (12, 8)) -> None:
@@ -112,3 +112,59 @@ def test_blocks_come_in_order_and_equal_one_by_one_decoding(tmp_path: Path) -> N
 def test_no_images_give_no_blocks(tmp_path: Path) -> None:
     images = find_images(class_folder(tmp_path), "train").subset([])
     assert list(decode_blocks(images, 8)) == []
+
+
+def speckled(root: Path, side: int = 16) -> Path:
+    """A data set of one class whose two pictures have no two pixels alike."""
+    for number in range(2):
+        pixels = np.random.default_rng(number).permutation(side * side * 3).reshape(side, side, 3) % 256
+        path = root / "train" / "fox" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+def pixels_by_view(images: LabelledImages, views: int) -> np.ndarray:
+    """(views, N, H, W, 3)"""
+    viewed = images.with_views(views)
+    pixels = np.stack([np.asarray(viewed.open(key)) for key in viewed.keys])
+    return pixels.reshape(views, len(images.keys), *pixels.shape[1:])
+
+
+def test_views_are_the_picture_its_mirror_image_and_shifted_ones(tmp_path: Path) -> None:
+    images = find_images(speckled(tmp_path), "train")
+    views = pixels_by_view(images, 6)
+    plain = views[0]
+    for view, expected in ((0, plain), (1, plain[:, :, ::-1])):
+        np.testing.assert_array_equal(views[view], expected)
+    for view in range(2, 6):
+        for number in range(2):
+            origin = plain[number, :, ::-1] if view % 2 else plain[number]
+            padded = np.pad(origin, [(2, 2), (2, 2), (0, 0)], mode="reflect")
+            windows = [padded[top : top + 16, left : left + 16] for top in range(5) for left in range(5)]
+            assert sum(np.array_equal(window, views[view, number]) for window in windows) == 1
+    shifts = {views[view, number].tobytes() for view in (2, 4) for number in range(2)}
+    assert len(shifts) == 4
+
+
+def test_a_view_depends_on_the_picture_and_its_number_alone(tmp_path: Path) -> None:
+    images = find_images(speckled(tmp_path), "train")
+    many, few = pixels_by_view(images, 6), pixels_by_view(images.subset([1]), 4)
+    np.testing.assert_array_equal(many[:4, 1], few[:, 0])
+
+
+def test_views_have_their_pictures_labels_and_another_digest(tmp_path: Path) -> None:
+    images = find_images(class_folder(tmp_path, 3), "train")
+    viewed = images.with_views(2)
+    assert viewed.labels == images.labels * 2
+    assert viewed.keys[:6] == images.keys
+    assert viewed.digest != images.digest
+    assert images.with_views(1).digest == images.digest
+
+
+def test_a_broken_picture_is_named_in_a_view_too(tmp_path: Path) -> None:
+    images = find_images(class_folder(tmp_path, 2), "train")
+    (tmp_path / images.keys[3]).write_bytes(b"no picture")
+    viewed = images.with_views(3)
+    with pytest.raises(TrainingDataError, match=r"red_fox/1\.png is not a readable image"):
+        viewed.open(viewed.keys[-1])

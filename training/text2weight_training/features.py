@@ -1,4 +1,4 @@
-"""Extract features of a dataset with a frozen backbone: each image once, in eval mode, no gradients.
+"""Extract features of a dataset with a frozen backbone: each view of each image once, in eval mode, no gradients.
 
 Finished blocks are kept beside the output until it is written, so that a killed run goes on.
 

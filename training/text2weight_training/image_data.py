@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.progress import track
 
 from text2weight.backbone import pixels_of
@@ -23,6 +23,7 @@ from text2weight_training.files import TrainingDataError
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "val", "valid", "validation")}
 DECODE_BLOCK = 2048
+LARGEST_SHIFT = 1 / 8  # of each side
 Half = Literal["first", "second"]
 Split = Literal["train", "test"]
 
@@ -59,6 +60,23 @@ class LabelledImages:
         keys, labels = tuple(self.keys[i] for i in chosen), tuple(self.labels[i] for i in chosen)
         return LabelledImages(self.name, keys, labels, self.classes, self.open)
 
+    def with_views(self, count: int) -> LabelledImages:
+        """Return `count` views of each picture, all pictures' first ones first: more to learn from.
+
+        The first is the picture itself and the second its mirror image; further ones are shifted at random by up to an
+        eighth of each side, filled up by reflection, and every other one is mirrored, too. What a view looks like
+        depends on the picture's key and the view's number alone.
+        """
+        names = [(key, number) for number in range(count) for key in self.keys]
+        keys = tuple(f"{key}\tview {number}" if number else key for key, number in names)
+        origins = dict(zip(keys, names, strict=True))
+
+        def open_view(key: str) -> Image.Image:
+            origin, number = origins[key]
+            return _view(self.open(origin), key, number)
+
+        return LabelledImages(self.name, keys, self.labels * count, self.classes, open_view)
+
     @property
     def digest(self) -> str:
         """SHA-256 of the keys and labels: equal for equal lists of pictures."""
@@ -70,6 +88,20 @@ class LabelledImages:
 
 def _half_of(key: str) -> Half:
     return "first" if hashlib.sha256(key.encode()).digest()[0] % 2 == 0 else "second"
+
+
+def _view(picture: Image.Image, key: str, number: int) -> Image.Image:
+    """View `number` of a picture; see `LabelledImages.with_views`."""
+    if number % 2:
+        picture = ImageOps.mirror(picture)
+    if number < 2:
+        return picture
+    pixels = np.asarray(picture)  # (H, W, 3)
+    most = [int(side * LARGEST_SHIFT) for side in pixels.shape[:2]]
+    padded = np.pad(pixels, [(room, room) for room in most] + [(0, 0)], mode="reflect")
+    source = np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))
+    top, left = (int(source.integers(0, 2 * room, endpoint=True)) for room in most)
+    return Image.fromarray(padded[top : top + pixels.shape[0], left : left + pixels.shape[1]])
 
 
 def find_images(root: Path, split: Split) -> LabelledImages:
