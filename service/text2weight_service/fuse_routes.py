@@ -36,6 +36,7 @@ from text2weight_service.heads import (
     entity_tag,
     head_headers,
     new_job,
+    text_warnings,
 )
 from text2weight_service.model import Model
 from text2weight_service.multipart import is_multipart, read_parts
@@ -93,8 +94,10 @@ async def _answer(
     _check_heads(body, tasks, heads)
     notes = {"method": body.method, "tasks": _describe_tasks(body, tasks)}
     if body.method != "text":
+        if warnings := _warnings_of_merged(model, classes, heads):
+            notes["warnings"] = json.dumps(warnings, ensure_ascii=False)
         data = await uploads.run(partial(_merged_head, model, body, classes, heads, notes), deadline)
-        return _answer_merged(request, data)
+        return _answer_merged(request, data, len(warnings))
     weights = [task.weight for task in body.tasks]
     emphasis = None
     if any(weight is not None for weight in weights):
@@ -159,6 +162,12 @@ def _describe_tasks(body: FuseRequest, tasks: Sequence[Sequence[str]]) -> str:
     return json.dumps(described, ensure_ascii=False)
 
 
+def _warnings_of_merged(model: Model, classes: Sequence[str], heads: Sequence[HeadArtifact]) -> list[str]:
+    """As of a head that is generated, by what the uploaded heads state about their class embeddings."""
+    described = ["class_text" in head.metadata for head in heads]
+    return text_warnings(model, classes, heads[0].metadata.get("template"), any(described), all(described))
+
+
 def _merged_head(
     model: Model, body: FuseRequest, classes: Sequence[str], heads: Sequence[HeadArtifact], notes: dict[str, str]
 ) -> bytes:
@@ -186,11 +195,11 @@ def _merged_head(
     return HeadArtifact(tensors, embeddings, metadata).to_bytes(body.precision)
 
 
-def _answer_merged(request: Request, data: bytes) -> Response:
+def _answer_merged(request: Request, data: bytes, warnings: int) -> Response:
     tag = entity_tag(data.hex())
     if client_has(request, tag):
         return Response(status_code=304, headers=cache_headers(tag))
-    return HeadResponse(data, headers=head_headers("head-fused", tag, warnings=0))
+    return HeadResponse(data, headers=head_headers("head-fused", tag, warnings))
 
 
 def merge(model: Model, method: str, heads: Tensor) -> Tensor:

@@ -150,21 +150,36 @@ def render(heads: Sequence[bytes], precision: Precision, metadata: Mapping[str, 
 
 
 def warnings_of(model: Model, job: Job) -> list[str]:
-    """What of a job's text lies outside of what the text encoder was trained on; empty for an encoder of any text."""
+    """What of a job's text the text encoder was not trained on; see `text_warnings`."""
+    return text_warnings(model, job.classes, job.template, job.descriptions is not None, job.describe_classifier)
+
+
+def text_warnings(
+    model: Model, classes: Sequence[str], template: str | None, described: bool, describe_classifier: bool
+) -> list[str]:
+    """What of a head's text lies outside of what the text encoder was trained on; empty for an encoder of any text.
+
+    Args:
+        model: its text encoder is asked.
+        classes: normalised class names.
+        template: of their prompts; None for the checkpoint's.
+        described: whether descriptions were read.
+        describe_classifier: whether the class embeddings were made from them, and not from the names.
+    """
     encoder = model.text_encoder
     vocabulary = encoder.vocabulary
     if vocabulary is None:
         return []
-    by_name = job.descriptions is None or not job.describe_classifier
+    by_name = not (described and describe_classifier)
     warnings = [
         f"class {name!r} is not among the {len(vocabulary.names)} names that text encoder {encoder.name} knows"
-        for name in (job.classes if by_name else ())
+        for name in (classes if by_name else ())
         if name not in vocabulary
     ]
-    if by_name and job.template is not None and job.template not in vocabulary.templates:
+    if by_name and template is not None and template not in vocabulary.templates:
         known = ", ".join(map(repr, vocabulary.templates))
-        warnings.append(f"prompt_template {job.template!r} is not among those that {encoder.name} knows: {known}")
-    if job.descriptions is not None:
+        warnings.append(f"prompt_template {template!r} is not among those that {encoder.name} knows: {known}")
+    if described:
         warnings.append(f"text encoder {encoder.name} knows names and no descriptions")
     return warnings
 
