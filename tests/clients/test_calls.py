@@ -171,6 +171,7 @@ def test_info_is_typed_and_raw(call: Call) -> None:
     assert (info.version, info.phase, info.raw) == ("0.1.0", "ready", INFO)
     assert (info.model.checkpoint, info.model.samplers) == ("c0ffee", ["mean", "ddim"])
     assert (info.limits.max_samples, info.limits.request_timeout_s) == (16, 20.0)
+    assert (info.limits.max_pictures, info.limits.exact_steps) == (16, {"mean": 1})
     assert (info.features.guidance, info.features.descriptions) == (False, True)
     assert (info.known_classes, info.fuse_methods) == (("apple", "bus"), ("text", "ties"))
     assert info.precisions == ("fp32", "fp16", "bf16")
@@ -183,7 +184,7 @@ def test_info_of_another_version_says_what_is_missing(call: Call) -> None:
     assert info.version == "0.0.1"
     with pytest.raises(t2w.InvalidResponseError, match="does not state 'features'"):
         info.features  # noqa: B018
-    with pytest.raises(t2w.InvalidResponseError, match=r"states no limits\.max_body_bytes, max_classes, "):
+    with pytest.raises(t2w.InvalidResponseError, match=r"states no limits\.exact_steps, max_body_bytes, "):
         info.limits  # noqa: B018
 
 
