@@ -197,6 +197,41 @@ def test_request_gives_the_answer_as_it_is(call: Call, sleeps: list[float]) -> N
     assert script.bodies == [{"classes": ["a", "b"]}]
 
 
+def test_request_sends_bytes_and_headers(call: Call, sleeps: list[float]) -> None:
+    script = Script(problem(503), httpx.Response(200))
+    headers = {"Content-Type": "multipart/form-data; boundary=b", "X-Request-ID": "mine"}
+    call(script, "request", "POST", "/enhance", content=b"--b--", headers=headers, client_options={"api_key": "k"})
+    assert len(script.requests) == 2
+    for request in script.requests:
+        assert request.content == b"--b--"
+        assert {name: request.headers[name] for name in headers} == headers
+        assert request.headers["authorization"] == "Bearer k"
+
+
+def test_request_takes_not_modified_for_an_answer(call: Call) -> None:
+    script = Script(httpx.Response(304, headers={"ETag": '"a"'}))
+    body = {"classes": ["a", "b"]}
+    response = call(script, "request", "POST", "/generate", body, headers={"If-None-Match": '"a"'})
+    assert (response.status_code, response.headers["etag"], script.bodies) == (304, '"a"', [body])
+    assert script.requests[0].headers["if-none-match"] == '"a"'
+    with pytest.raises(t2w.InvalidResponseError):
+        call(script, "generate", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"body": {}, "content": b""}, "both body and content are given"),
+        ({"headers": {"authorization": "Bearer other"}}, "the client's own: give the key as api_key"),
+    ],
+)
+def test_request_that_contradicts_itself(call: Call, arguments: dict[str, Any], message: str) -> None:
+    script = Script(httpx.Response(200))
+    with pytest.raises(ValueError, match=message):
+        call(script, "request", "POST", "/generate", **arguments)
+    assert script.requests == []
+
+
 @pytest.mark.parametrize(
     ("kind", "error_type"),
     [("queue-full", t2w.QueueFullError), ("rate-limited", t2w.RateLimitedError), ("", t2w.RateLimitedError)],
