@@ -6,7 +6,8 @@ Letters: K classes of the union, o output size, n heads, P numbers in one head.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -41,6 +42,7 @@ from text2weight_service.heads import (
 from text2weight_service.model import Model
 from text2weight_service.multipart import is_multipart, read_parts
 from text2weight_service.schemas import MAX_TASKS, FuseRequest
+from text2weight_service.tracing import server_timing
 from text2weight_service.uploads import HEAD_DOCS, Uploads, UploadsDependency, read_upload, upload_rules
 
 router = APIRouter()
@@ -88,7 +90,9 @@ async def _answer(
     request: Request, engine: Engine, uploads: Uploads, body: FuseRequest, files: Sequence[bytes]
 ) -> Response:
     model, deadline = engine.model, answer_deadline(request, engine, body.deadline_ms)
+    started = time.perf_counter()
     heads = await uploads.run(partial(_read_heads, model, files), deadline) if files else []
+    read = time.perf_counter()
     tasks = [_normalise(i, task.classes) for i, task in enumerate(body.tasks)]
     classes = _unite(tasks, engine.settings.max_classes)
     _check_heads(body, tasks, heads)
@@ -97,7 +101,8 @@ async def _answer(
         if warnings := _warnings_of_merged(model, classes, heads):
             notes["warnings"] = json.dumps(warnings, ensure_ascii=False)
         data = await uploads.run(partial(_merged_head, model, body, classes, heads, notes), deadline)
-        return _answer_merged(request, data, len(warnings))
+        stages = {"read": read - started, "merge": time.perf_counter() - read}
+        return _answer_merged(request, data, len(warnings), stages)
     weights = [task.weight for task in body.tasks]
     emphasis = None
     if any(weight is not None for weight in weights):
@@ -195,11 +200,12 @@ def _merged_head(
     return HeadArtifact(tensors, embeddings, metadata).to_bytes(body.precision)
 
 
-def _answer_merged(request: Request, data: bytes, warnings: int) -> Response:
+def _answer_merged(request: Request, data: bytes, warnings: int, stages: Mapping[str, float]) -> Response:
     tag = entity_tag(data.hex())
     if client_has(request, tag):
         return Response(status_code=304, headers=cache_headers(tag))
-    return HeadResponse(data, headers=head_headers("head-fused", tag, warnings))
+    headers = head_headers("head-fused", tag, warnings) | server_timing(request.app, stages)
+    return HeadResponse(data, headers=headers)
 
 
 def merge(model: Model, method: str, heads: Tensor) -> Tensor:

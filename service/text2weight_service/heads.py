@@ -22,7 +22,7 @@ from text2weight_service.exchange import HEAD_TYPE, answer_deadline, while_conne
 from text2weight_service.job import Job, plan_work
 from text2weight_service.model import Model
 from text2weight_service.schemas import MAX_SAMPLES, GenerateFields, SamplingFields
-from text2weight_service.tracing import record_stages
+from text2weight_service.tracing import server_timing
 from text2weight_service.work_queue import Generated
 
 MAX_DESCRIPTIONS = 16  # of one class: each is a text to embed
@@ -126,13 +126,11 @@ async def answer_with_heads(
             return Response(status_code=304, headers=cache_headers(asked))
     results = await while_connected(request, [engine.generate(job) for job in jobs])
     tag = entity_tag(results[0].key, len(jobs), precision, metadata) if reusable else None
-    stages = _longest_stages(results)
-    record_stages(request.app, stages)
     return HeadResponse(
         render([result.data for result in results], precision, metadata),
         headers={
             **head_headers(f"head-{jobs[0].seed}", tag, len(warnings)),
-            "Server-Timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
+            **server_timing(request.app, _longest_stages(results)),
         },
     )
 
