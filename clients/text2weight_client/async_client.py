@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
@@ -132,11 +132,19 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
 
         await self._repeat(ready_exchange(), *self._ready_plan(timeout_s))
 
-    async def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         """Send any request and get the answer as it is; see `Client.request`."""
         from text2weight_client.protocol import raw_exchange
 
-        return await self._send(raw_exchange(method, path, body))
+        return await self._send(raw_exchange(method, path, body, content, headers))
 
     async def aclose(self) -> None:
         """Close the connections."""

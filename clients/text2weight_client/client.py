@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
@@ -284,20 +284,31 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
 
         self._repeat(ready_exchange(), *self._ready_plan(timeout_s))
 
-    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         """Send any request and get the answer as it is; retries and errors are those of the other calls.
 
         Args:
             method: such as "GET".
             path: such as "/metrics".
             body: sent as JSON.
+            content: sent as it is, in place of `body`; its `Content-Type` belongs into the headers.
+            headers: such as `If-None-Match`, which makes status 304 an answer, or `X-Request-ID`.
 
         Raises:
-            Text2WeightClientError: as for `generate`; also for every status that is no success.
+            ValueError: both `body` and `content` are given, or `Authorization`, which is the client's own.
+            Text2WeightClientError: as for `generate`; also for every other status that is no success.
         """
         from text2weight_client.protocol import raw_exchange
 
-        return self._send(raw_exchange(method, path, body))
+        return self._send(raw_exchange(method, path, body, content, headers))
 
     def close(self) -> None:
         """Close the connections."""

@@ -43,17 +43,31 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most of everything that one request may ask for; sizes in bytes, times in seconds."""
+    """The most of everything that one request may ask for; sizes in bytes, times in seconds, lengths in characters.
+
+    Attributes:
+        max_task_weight: of a task of `fuse`.
+        max_descriptions: of one class.
+        max_pictures: of one call of `classify`.
+        exact_steps: samplers that take exactly so many steps.
+    """
 
     max_classes: int
     max_steps: int
     max_samples: int
     max_tasks: int
+    max_task_weight: float
     max_body_bytes: int
     max_upload_bytes: int
     request_timeout_s: float
     max_seed: int
     max_name_length: int
+    max_template_length: int
+    max_descriptions: int
+    max_description_length: int
+    max_guidance_scale: float
+    max_pictures: int
+    exact_steps: dict[str, int]
 
 
 @dataclass(frozen=True)

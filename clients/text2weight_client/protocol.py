@@ -58,6 +58,8 @@ class Exchange(Generic[T]):
         read: turns a successful response into the result.
         body: sent as JSON, or beside files as the part `request`; None for no body.
         files: parts of a multipart body; none for a JSON body.
+        content: bytes sent as they are, in place of both; None for none.
+        headers: beside the client's own; None for none.
         timeout_s: the most that one attempt may wait, where that is less than what is left of the call.
         takes_deadline: whether the service reads `deadline_ms` in the body.
     """
@@ -67,6 +69,8 @@ class Exchange(Generic[T]):
     read: Callable[[httpx.Response], T]
     body: dict[str, Any] | None = None
     files: tuple[FilePart, ...] = ()
+    content: bytes | None = None
+    headers: Mapping[str, str] | None = None
     timeout_s: float = math.inf
     takes_deadline: bool = False
 
@@ -79,7 +83,9 @@ class Exchange(Generic[T]):
         """
         timeout = httpx.Timeout(max(MIN_WAIT_S, min(left_s, self.timeout_s)))
         if not self.files:
-            return http.build_request(self.method, self.path, json=self.body, timeout=timeout)
+            return http.build_request(
+                self.method, self.path, content=self.content, json=self.body, headers=self.headers, timeout=timeout
+            )
         parts = list(self.files)
         if self.body is not None:
             text = json.dumps(self.body, ensure_ascii=False, allow_nan=False).encode()
@@ -87,13 +93,13 @@ class Exchange(Generic[T]):
         return http.build_request(self.method, self.path, files=parts, timeout=timeout)
 
     def result(self, response: httpx.Response) -> T:
-        """Read a response, whatever its status.
+        """Read a response, whatever its status; 304, which only `If-None-Match` asks for, is an answer.
 
         Raises:
             APIError: an error status.
             InvalidResponseError: a success whose body is not what was asked for.
         """
-        if not response.is_success:
+        if not response.is_success and response.status_code != httpx.codes.NOT_MODIFIED:
             raise api_error(response)
         return self.read(response)
 
@@ -176,9 +182,15 @@ def ready_exchange() -> Exchange[None]:
     return Exchange("GET", "/health/ready", lambda response: None, timeout_s=READY_PROBE_TIMEOUT_S)
 
 
-def raw_exchange(method: str, path: str, body: dict[str, Any] | None) -> Exchange[httpx.Response]:
+def raw_exchange(
+    method: str, path: str, body: dict[str, Any] | None, content: bytes | None, headers: Mapping[str, str] | None
+) -> Exchange[httpx.Response]:
     """Any request; its answer as it is."""
-    return Exchange(method, path, lambda response: response, body)
+    if body is not None and content is not None:
+        raise ValueError("both body and content are given: give JSON as body, or bytes as content")
+    if any(name.lower() == "authorization" for name in headers or ()):
+        raise ValueError("headers hold Authorization, which is the client's own: give the key as api_key")
+    return Exchange(method, path, lambda response: response, body, content=content, headers=headers)
 
 
 class Many:

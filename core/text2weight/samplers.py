@@ -12,8 +12,9 @@ points advance together in one batch, and nothing shared has a "current step".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +25,8 @@ from text2weight.errors import InvalidInputError
 
 SamplerName = Literal["mean", "ddpm", "ddim", "dpmpp_2m"]
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+# Samplers whose number of denoiser calls is no choice.
+EXACT_STEPS: Mapping[str, int] = MappingProxyType({"mean": 1})
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ def check_sampler(sampler: str, steps: int, num_timesteps: int) -> None:
         raise InvalidInputError("sampler", f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     if not 1 <= steps <= num_timesteps:
         raise InvalidInputError("steps", f"steps is {steps}: allowed are 1 to {num_timesteps}")
-    if sampler == "mean" and steps != 1:
-        raise InvalidInputError("steps", f"steps is {steps}: sampler 'mean' makes exactly 1; choose ddim for more")
+    exact = EXACT_STEPS.get(sampler, steps)
+    if steps != exact:
+        raise InvalidInputError(
+            "steps", f"steps is {steps}: sampler {sampler!r} makes exactly {exact}; choose ddim for more"
+        )
 
 
 def make_plan(sampler: str, steps: int, schedule: NoiseSchedule, start: int | None = None) -> tuple[Step, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from text2weight_service.classify import MAX_PICTURES, ClassifyJob, PictureClassifier, backbone_folder
 from text2weight_service.exchange import ReadyEngine, answer_deadline, problem_docs, while_connected
 from text2weight_service.multipart import PartRule, read_parts
 from text2weight_service.problems import Kind, ProblemError
+from text2weight_service.tracing import server_timing
 
 router = APIRouter()
 
@@ -76,7 +78,10 @@ _FILE: dict[str, Any] = {"type": "string", "format": "binary"}
     },
 )
 async def classify(
-    request: Request, engine: ReadyEngine, classifier: Annotated[PictureClassifier, Depends(_classifier)]
+    request: Request,
+    response: Response,
+    engine: ReadyEngine,
+    classifier: Annotated[PictureClassifier, Depends(_classifier)],
 ) -> Classification:
     """Run pictures through the checkpoint's own backbone and preprocessing, and then through a head.
 
@@ -89,11 +94,16 @@ async def classify(
     name = str(engine.model.config.backbone.get("name", "unknown"))
     most = engine.settings.max_upload_bytes
     rules = {"head": PartRule(1, 1, most), "image": PartRule(1, MAX_PICTURES, most)}
+    started = time.perf_counter()
     with classifier.place():
         parts = await read_parts(request, rules)
         pictures = parts["image"]
+        read = time.perf_counter()
         job = ClassifyJob(parts["head"][0].data, [picture.data for picture in pictures], folder, name, deadline)
         (ranked,) = await while_connected(request, [classifier.classify(job)])
+    response.headers.update(
+        server_timing(request.app, {"upload": read - started, "classify": time.perf_counter() - read})
+    )
     return Classification(
         images=[
             ClassifiedPicture(

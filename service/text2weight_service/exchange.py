@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 HEAD_TYPE = "application/octet-stream"
 _HEAD_HEADERS = {
     "Content-Disposition": "suggested file name",
-    "Server-Timing": "milliseconds in queue, encode and sample",
+    "Server-Timing": "milliseconds in each stage",
     "X-Request-ID": "as given, or made here",
     "X-T2W-Warnings": "number of the metadata's warnings; absent where there are none",
     "ETag": "names the answer; only where the request leaves nothing to chance",

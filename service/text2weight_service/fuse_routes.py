@@ -6,7 +6,8 @@ Letters: K classes of the union, o output size, n heads, P numbers in one head.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -36,10 +37,12 @@ from text2weight_service.heads import (
     entity_tag,
     head_headers,
     new_job,
+    text_warnings,
 )
 from text2weight_service.model import Model
 from text2weight_service.multipart import is_multipart, read_parts
 from text2weight_service.schemas import MAX_TASKS, FuseRequest
+from text2weight_service.tracing import server_timing
 from text2weight_service.uploads import HEAD_DOCS, Uploads, UploadsDependency, read_upload, upload_rules
 
 router = APIRouter()
@@ -87,14 +90,19 @@ async def _answer(
     request: Request, engine: Engine, uploads: Uploads, body: FuseRequest, files: Sequence[bytes]
 ) -> Response:
     model, deadline = engine.model, answer_deadline(request, engine, body.deadline_ms)
+    started = time.perf_counter()
     heads = await uploads.run(partial(_read_heads, model, files), deadline) if files else []
+    read = time.perf_counter()
     tasks = [_normalise(i, task.classes) for i, task in enumerate(body.tasks)]
     classes = _unite(tasks, engine.settings.max_classes)
     _check_heads(body, tasks, heads)
     notes = {"method": body.method, "tasks": _describe_tasks(body, tasks)}
     if body.method != "text":
+        if warnings := _warnings_of_merged(model, classes, heads):
+            notes["warnings"] = json.dumps(warnings, ensure_ascii=False)
         data = await uploads.run(partial(_merged_head, model, body, classes, heads, notes), deadline)
-        return _answer_merged(request, data)
+        stages = {"read": read - started, "merge": time.perf_counter() - read}
+        return _answer_merged(request, data, len(warnings), stages)
     weights = [task.weight for task in body.tasks]
     emphasis = None
     if any(weight is not None for weight in weights):
@@ -159,6 +167,12 @@ def _describe_tasks(body: FuseRequest, tasks: Sequence[Sequence[str]]) -> str:
     return json.dumps(described, ensure_ascii=False)
 
 
+def _warnings_of_merged(model: Model, classes: Sequence[str], heads: Sequence[HeadArtifact]) -> list[str]:
+    """As of a head that is generated, by what the uploaded heads state about their class embeddings."""
+    described = ["class_text" in head.metadata for head in heads]
+    return text_warnings(model, classes, heads[0].metadata.get("template"), any(described), all(described))
+
+
 def _merged_head(
     model: Model, body: FuseRequest, classes: Sequence[str], heads: Sequence[HeadArtifact], notes: dict[str, str]
 ) -> bytes:
@@ -186,11 +200,12 @@ def _merged_head(
     return HeadArtifact(tensors, embeddings, metadata).to_bytes(body.precision)
 
 
-def _answer_merged(request: Request, data: bytes) -> Response:
+def _answer_merged(request: Request, data: bytes, warnings: int, stages: Mapping[str, float]) -> Response:
     tag = entity_tag(data.hex())
     if client_has(request, tag):
         return Response(status_code=304, headers=cache_headers(tag))
-    return HeadResponse(data, headers=head_headers("head-fused", tag, warnings=0))
+    headers = head_headers("head-fused", tag, warnings) | server_timing(request.app, stages)
+    return HeadResponse(data, headers=headers)
 
 
 def merge(model: Model, method: str, heads: Tensor) -> Tensor:

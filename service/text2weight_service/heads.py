@@ -22,7 +22,7 @@ from text2weight_service.exchange import HEAD_TYPE, answer_deadline, while_conne
 from text2weight_service.job import Job, plan_work
 from text2weight_service.model import Model
 from text2weight_service.schemas import MAX_SAMPLES, GenerateFields, SamplingFields
-from text2weight_service.tracing import record_stages
+from text2weight_service.tracing import server_timing
 from text2weight_service.work_queue import Generated
 
 MAX_DESCRIPTIONS = 16  # of one class: each is a text to embed
@@ -126,13 +126,11 @@ async def answer_with_heads(
             return Response(status_code=304, headers=cache_headers(asked))
     results = await while_connected(request, [engine.generate(job) for job in jobs])
     tag = entity_tag(results[0].key, len(jobs), precision, metadata) if reusable else None
-    stages = _longest_stages(results)
-    record_stages(request.app, stages)
     return HeadResponse(
         render([result.data for result in results], precision, metadata),
         headers={
             **head_headers(f"head-{jobs[0].seed}", tag, len(warnings)),
-            "Server-Timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items()),
+            **server_timing(request.app, _longest_stages(results)),
         },
     )
 
@@ -150,21 +148,36 @@ def render(heads: Sequence[bytes], precision: Precision, metadata: Mapping[str, 
 
 
 def warnings_of(model: Model, job: Job) -> list[str]:
-    """What of a job's text lies outside of what the text encoder was trained on; empty for an encoder of any text."""
+    """What of a job's text the text encoder was not trained on; see `text_warnings`."""
+    return text_warnings(model, job.classes, job.template, job.descriptions is not None, job.describe_classifier)
+
+
+def text_warnings(
+    model: Model, classes: Sequence[str], template: str | None, described: bool, describe_classifier: bool
+) -> list[str]:
+    """What of a head's text lies outside of what the text encoder was trained on; empty for an encoder of any text.
+
+    Args:
+        model: its text encoder is asked.
+        classes: normalised class names.
+        template: of their prompts; None for the checkpoint's.
+        described: whether descriptions were read.
+        describe_classifier: whether the class embeddings were made from them, and not from the names.
+    """
     encoder = model.text_encoder
     vocabulary = encoder.vocabulary
     if vocabulary is None:
         return []
-    by_name = job.descriptions is None or not job.describe_classifier
+    by_name = not (described and describe_classifier)
     warnings = [
         f"class {name!r} is not among the {len(vocabulary.names)} names that text encoder {encoder.name} knows"
-        for name in (job.classes if by_name else ())
+        for name in (classes if by_name else ())
         if name not in vocabulary
     ]
-    if by_name and job.template is not None and job.template not in vocabulary.templates:
+    if by_name and template is not None and template not in vocabulary.templates:
         known = ", ".join(map(repr, vocabulary.templates))
-        warnings.append(f"prompt_template {job.template!r} is not among those that {encoder.name} knows: {known}")
-    if job.descriptions is not None:
+        warnings.append(f"prompt_template {template!r} is not among those that {encoder.name} knows: {known}")
+    if described:
         warnings.append(f"text encoder {encoder.name} knows names and no descriptions")
     return warnings
 

@@ -9,12 +9,14 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field
 
 from text2weight.artifact import FORMAT, PRECISIONS, STACK_FORMAT
-from text2weight.condition import MAX_NAME_LENGTH
-from text2weight.generator import MAX_SEED
+from text2weight.condition import MAX_NAME_LENGTH, MAX_WEIGHT
+from text2weight.descriptions import MAX_DESCRIPTION_LENGTH
+from text2weight.generator import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_TEMPLATE_LENGTH
 from text2weight.outside import OutsideSettings
-from text2weight.samplers import SAMPLERS
+from text2weight.samplers import EXACT_STEPS, SAMPLERS
 from text2weight.text_encoder import TableTextEncoder
-from text2weight_service.classify import backbone_folder
+from text2weight_service.classify import MAX_PICTURES, backbone_folder
+from text2weight_service.heads import MAX_DESCRIPTIONS
 from text2weight_service.model import Model
 from text2weight_service.schemas import MAX_SAMPLES, MAX_TASKS, FuseMethod
 from text2weight_service.settings import Settings
@@ -48,11 +50,18 @@ class Limits(BaseModel):
     max_steps: int = Field(description="denoiser calls in one request")
     max_samples: int = Field(description="heads in one request")
     max_tasks: int = Field(description="tasks that one head is made for")
+    max_task_weight: float = Field(description="weight of a task; it is above 0")
     max_body_bytes: int = Field(description="size of a JSON body")
     max_upload_bytes: int = Field(description="size of a multipart body")
     request_timeout_s: float = Field(description="from first byte of a request to its answer")
     max_seed: int = Field(description="seed")
     max_name_length: int = Field(description="characters of a class name")
+    max_template_length: int = Field(description="characters of a prompt_template")
+    max_descriptions: int = Field(description="descriptions of one class")
+    max_description_length: int = Field(description="characters of a description")
+    max_guidance_scale: float = Field(description="guidance_scale")
+    max_pictures: int = Field(description="pictures in one request")
+    exact_steps: dict[str, int] = Field(description="samplers that make exactly so many denoiser calls")
 
 
 class Features(BaseModel):
@@ -95,11 +104,18 @@ def describe_service(model: Model, settings: Settings, phase: str, version: str)
             max_steps=min(settings.max_steps, model.config.schedule.num_timesteps),
             max_samples=MAX_SAMPLES,
             max_tasks=MAX_TASKS,
+            max_task_weight=MAX_WEIGHT,
             max_body_bytes=settings.max_body_bytes,
             max_upload_bytes=settings.max_upload_bytes,
             request_timeout_s=settings.request_timeout_s,
             max_seed=MAX_SEED,
             max_name_length=MAX_NAME_LENGTH,
+            max_template_length=MAX_TEMPLATE_LENGTH,
+            max_descriptions=MAX_DESCRIPTIONS,
+            max_description_length=MAX_DESCRIPTION_LENGTH,
+            max_guidance_scale=MAX_GUIDANCE_SCALE,
+            max_pictures=MAX_PICTURES,
+            exact_steps=dict(EXACT_STEPS),
         ),
         features=Features(
             guidance=model.config.denoiser.null_condition,

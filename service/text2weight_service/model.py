@@ -140,11 +140,14 @@ class Model(Protocol):
         ...
 
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
 def usable_cores() -> int:
     """Processor cores that this process may use, by its affinity and by the quota of its control group."""
     cores = len(os.sched_getaffinity(0))
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = _QUOTA.read_text().split()
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no control group, or "max": no quota
         return cores

@@ -111,6 +111,12 @@ def record_stages(app: FastAPI, stages: Mapping[str, float], end: float | None =
         span.end(int(at * 1e9))
 
 
+def server_timing(app: FastAPI, stages: Mapping[str, float]) -> dict[str, str]:
+    """The header that tells a client the seconds in each stage, which become spans, too; see `record_stages`."""
+    record_stages(app, stages)
+    return {"Server-Timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in stages.items())}
+
+
 def add_trace_id(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Log processor: `trace_id` on every line that is written within a traced request."""
     context = trace.get_current_span().get_span_context()

@@ -171,6 +171,7 @@ def test_info_is_typed_and_raw(call: Call) -> None:
     assert (info.version, info.phase, info.raw) == ("0.1.0", "ready", INFO)
     assert (info.model.checkpoint, info.model.samplers) == ("c0ffee", ["mean", "ddim"])
     assert (info.limits.max_samples, info.limits.request_timeout_s) == (16, 20.0)
+    assert (info.limits.max_pictures, info.limits.exact_steps) == (16, {"mean": 1})
     assert (info.features.guidance, info.features.descriptions) == (False, True)
     assert (info.known_classes, info.fuse_methods) == (("apple", "bus"), ("text", "ties"))
     assert info.precisions == ("fp32", "fp16", "bf16")
@@ -183,7 +184,7 @@ def test_info_of_another_version_says_what_is_missing(call: Call) -> None:
     assert info.version == "0.0.1"
     with pytest.raises(t2w.InvalidResponseError, match="does not state 'features'"):
         info.features  # noqa: B018
-    with pytest.raises(t2w.InvalidResponseError, match=r"states no limits\.max_body_bytes, max_classes, "):
+    with pytest.raises(t2w.InvalidResponseError, match=r"states no limits\.exact_steps, max_body_bytes, "):
         info.limits  # noqa: B018
 
 
@@ -194,6 +195,41 @@ def test_request_gives_the_answer_as_it_is(call: Call, sleeps: list[float]) -> N
     script = Script(httpx.Response(200, json={}))
     call(script, "request", "POST", "/generate", {"classes": ["a", "b"]})
     assert script.bodies == [{"classes": ["a", "b"]}]
+
+
+def test_request_sends_bytes_and_headers(call: Call, sleeps: list[float]) -> None:
+    script = Script(problem(503), httpx.Response(200))
+    headers = {"Content-Type": "multipart/form-data; boundary=b", "X-Request-ID": "mine"}
+    call(script, "request", "POST", "/enhance", content=b"--b--", headers=headers, client_options={"api_key": "k"})
+    assert len(script.requests) == 2
+    for request in script.requests:
+        assert request.content == b"--b--"
+        assert {name: request.headers[name] for name in headers} == headers
+        assert request.headers["authorization"] == "Bearer k"
+
+
+def test_request_takes_not_modified_for_an_answer(call: Call) -> None:
+    script = Script(httpx.Response(304, headers={"ETag": '"a"'}))
+    body = {"classes": ["a", "b"]}
+    response = call(script, "request", "POST", "/generate", body, headers={"If-None-Match": '"a"'})
+    assert (response.status_code, response.headers["etag"], script.bodies) == (304, '"a"', [body])
+    assert script.requests[0].headers["if-none-match"] == '"a"'
+    with pytest.raises(t2w.InvalidResponseError):
+        call(script, "generate", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"body": {}, "content": b""}, "both body and content are given"),
+        ({"headers": {"authorization": "Bearer other"}}, "the client's own: give the key as api_key"),
+    ],
+)
+def test_request_that_contradicts_itself(call: Call, arguments: dict[str, Any], message: str) -> None:
+    script = Script(httpx.Response(200))
+    with pytest.raises(ValueError, match=message):
+        call(script, "request", "POST", "/generate", **arguments)
+    assert script.requests == []
 
 
 @pytest.mark.parametrize(

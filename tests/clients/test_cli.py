@@ -106,7 +106,7 @@ def test_inspect_of_something_else_is_one_line(tmp_path: Path) -> None:
 
 
 def test_help_has_examples() -> None:
-    for command in ("generate", "fuse", "enhance", "info", "inspect"):
+    for command in ("generate", "fuse", "enhance", "classify", "info", "inspect"):
         output = runner.invoke(app, [command, "--help"]).output
         assert f"Example: t2w {command} " in output
         assert "Exit codes: 0 done; 1 failed" in output

@@ -172,7 +172,7 @@ def test_info_as_a_table(local_service: Any, reply: Any) -> None:
     names = [f"name {number}" for number in range(40)]
     local_service.play(reply(body=json.dumps(INFO | {"known_classes": names, "[b]": None}).encode()))
     output = run("info").output
-    for expected in ("model.backbone.name", "resnet18", "limits.max_samples", "features.guidance", "fuse_methods"):
+    for expected in ("model.backbone.name", "resnet18", "limits.exact_steps.mean", "features.guidance", "fuse_methods"):
         assert expected in output
     assert "name 11, ... (40 in all: --json)" in output
     assert "name 12" not in output

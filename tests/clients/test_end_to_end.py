@@ -81,6 +81,16 @@ def test_refusal_names_the_field(client: Client) -> None:
     assert caught.value.request_id
 
 
+def test_raw_multipart_is_taken(client: Client) -> None:
+    head = client.generate(CLASSES, seed=7)
+    fields = {"head": ("h", head.to_bytes()), "request": (None, '{"strength": 0}', "application/json")}
+    body = httpx.Request("POST", "http://host", files=fields)
+    response = client.request(
+        "POST", "/enhance", content=body.read(), headers={"Content-Type": body.headers["content-type"]}
+    )
+    same(GeneratedHead.from_bytes(response.content), head)
+
+
 def test_many_heads(client: Client) -> None:
     lists = [[*CLASSES[:2], name] for name in ("cup", "lamp", "tiger", "train", "whale")]
     heads = client.generate_many(lists, concurrency=4, seed=1)

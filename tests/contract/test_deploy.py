@@ -280,6 +280,16 @@ def test_probes_ask_routes_that_exist() -> None:
     assert int(annotations["prometheus.io/port"]) == container["ports"][0]["containerPort"]
 
 
+def test_public_metrics_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics that are answered without a key name the keys: nothing here takes them out of the machine or cluster."""
+    environment = {entry["name"]: entry["value"] for entry in worker_container()["env"]}
+    assert settings_of(environment, monkeypatch).public_metrics
+    assert manifest()["Service", "text2weight"]["spec"].get("type", "ClusterIP") == "ClusterIP"
+    assert not {kind for kind, _ in manifest()} & {"Ingress", "Gateway", "HTTPRoute"}
+    for name in WORKERS:
+        assert all(port.startswith("127.0.0.1:") for port in COMPOSE["services"][name]["ports"])
+
+
 @pytest.mark.parametrize("name", ["text2weight", "text2weight-redis"])
 def test_everything_selects_the_pods(name: str) -> None:
     labels = manifest()["Deployment", name]["spec"]["template"]["metadata"]["labels"]

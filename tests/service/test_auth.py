@@ -81,7 +81,10 @@ def test_probes_need_no_key(closed: Live) -> None:
 
 def test_metrics_may_be_public() -> None:
     with serve(lambda _: FakeModel(), api_keys=ALICE_ENTRY, public_metrics=True) as live:
-        assert live.client.get("/metrics").status_code == 200
+        live.client.get("/info", headers=bearer(ALICE))
+        metrics = live.client.get("/metrics")
+        assert metrics.status_code == 200
+        assert 'client="alice"' in metrics.text
         assert live.client.get("/info").status_code == 401
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import struct
 import threading
@@ -103,6 +104,11 @@ def test_best_class_comes_first(service: Live, head: bytes) -> None:
     for row in probabilities(post(service, head, *(encoded(picture(seed)) for seed in range(4)))):
         assert list(row.values()) == sorted(row.values(), reverse=True)
         assert sum(row.values()) == pytest.approx(1)
+
+
+def test_server_timing(service: Live, head: bytes) -> None:
+    timing = post(service, head, encoded(picture())).headers["server-timing"]
+    assert re.fullmatch(r"upload;dur=[\d.]+, classify;dur=[\d.]+", timing)
 
 
 def test_pictures_are_turned_upright(service: Live, head: bytes) -> None:

@@ -1,6 +1,7 @@
 """POST /fuse: heads for several tasks, from their text or merged from uploaded heads."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,10 @@ class TestMerging:
         assert head.metadata["precision"] == "bf16"
         expected = torch.stack([SPEC.flatten(one.tensors) for one in heads()]).mean(0)
         torch.testing.assert_close(SPEC.flatten(head.tensors), expected, atol=0.02, rtol=0.02)
+
+    def test_server_timing(self, fused: Live) -> None:
+        timing = fuse(fused, {"tasks": TASKS, "method": "average"}, *heads()).headers["server-timing"]
+        assert re.fullmatch(r"read;dur=[\d.]+, merge;dur=[\d.]+", timing)
 
     def test_entity_tag_follows_the_heads(self, fused: Live) -> None:
         body = {"tasks": TASKS, "method": "average"}

@@ -11,14 +11,16 @@ from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve
 from tests.service.test_bad_input import assert_problem
 from tests.service.tiny import NAMES, write_tiny_checkpoint, write_tower_checkpoint
+from tests.tiny import TINY_DIM, save_tiny_checkpoint
 from text2weight.checkpoint import bundled_checkpoint
 from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.text_encoder import VOCABULARY, read_vocabulary
+from text2weight_service.classify import MAX_PICTURES
 from text2weight_service.engine import Engine
 from text2weight_service.info import describe_service
 from text2weight_service.model import load_model
-from text2weight_service.schemas import MAX_SAMPLES, MAX_TASKS
+from text2weight_service.schemas import MAX_SAMPLES
 from text2weight_service.settings import Settings
 
 
@@ -100,7 +102,47 @@ def test_limits_are_kept(tower: Live, info: dict[str, Any]) -> None:
     assert refused(classes=["x" * (limits["max_name_length"] + 1), "bus"])
     assert not refused(classes=[f"c{i}" for i in range(limits["max_classes"])])
     assert refused(classes=[f"c{i}" for i in range(limits["max_classes"] + 1)])
-    assert (limits["max_samples"], limits["max_tasks"]) == (MAX_SAMPLES, MAX_TASKS)
+    assert not refused(prompt_template="{}".ljust(limits["max_template_length"], "x"))
+    assert refused(prompt_template="{}".ljust(limits["max_template_length"] + 1, "x"))
+    long = "x" * limits["max_description_length"]
+    assert not refused(descriptions={"apple": ["x"] * limits["max_descriptions"], "bus": long})
+    assert refused(descriptions={"apple": ["x"] * (limits["max_descriptions"] + 1), "bus": long})
+    assert refused(descriptions={"apple": "x", "bus": long + "x"})
+    assert (limits["max_samples"], limits["max_pictures"]) == (MAX_SAMPLES, MAX_PICTURES)
+
+
+def test_limits_of_tasks_are_kept(tower: Live, info: dict[str, Any]) -> None:
+    limits = info["limits"]
+
+    def refused(weight: float, tasks: int = 2) -> bool:
+        body = {"tasks": [{"classes": ["apple", "bus"], "weight": weight}] * tasks, "seed": 1, "deadline_ms": 1}
+        return tower.client.post("/fuse", json=body).status_code == 422
+
+    assert not refused(limits["max_task_weight"])
+    assert refused(limits["max_task_weight"] * 1.001)
+    assert not refused(1.0, limits["max_tasks"])
+    assert refused(1.0, limits["max_tasks"] + 1)
+
+
+def test_exact_steps_are_the_only_ones(tower: Live, info: dict[str, Any]) -> None:
+    def refused(sampler: str, steps: int) -> bool:
+        body = {"classes": ["apple", "bus"], "seed": 1, "sampler": sampler, "steps": steps}
+        return tower.client.post("/generate", json=body).status_code == 422
+
+    exact = info["limits"]["exact_steps"]
+    assert exact == {"mean": 1}
+    for sampler in info["model"]["samplers"]:
+        assert not refused(sampler, exact.get(sampler, 1))
+        assert refused(sampler, exact.get(sampler, 1) + 1) is (sampler in exact)
+
+
+def test_largest_guidance_scale(tmp_path: Path) -> None:
+    denoiser = DenoiserConfig(width=16, depth=2, heads=2, embedding_dim=TINY_DIM, null_condition=True)
+    save_tiny_checkpoint(tmp_path / "guided", denoiser=denoiser)
+    with serve(load_model, checkpoint=str(tmp_path / "guided")) as guided:
+        most = guided.client.get("/info").json()["limits"]["max_guidance_scale"]
+        assert guided.generate("apple", "bus", guidance_scale=most).status_code == 200
+        assert guided.generate("apple", "bus", guidance_scale=most + 0.1).status_code == 422
 
 
 def test_short_schedules_bound_the_steps() -> None:

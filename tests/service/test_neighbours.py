@@ -4,7 +4,6 @@ import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.service.engines import job, running
+from tests.tiny import TINY_DIM, TINY_SPEC, save_tiny_checkpoint, tiny_space
 from text2weight import GenerationRequest, Generator
 from text2weight.artifact import HeadArtifact, read_head
 from text2weight.checkpoint import bundled_checkpoint, read_config
+from text2weight.denoiser import DenoiserConfig
+from text2weight.weight_tokens import permute_units
 from text2weight_service.call_watch import CallWatch
 from text2weight_service.engine import Engine
 from text2weight_service.job import Job
@@ -30,8 +32,12 @@ ASKED = st.tuples(
     st.sampled_from(WORK),
     st.integers(0, 2**63 - 1),
     st.lists(st.sampled_from(NAMES), min_size=2, max_size=10, unique=True),
+    st.sampled_from([1.0, 1.0, 0.0, 2.5]),  # guidance scale
+    st.sampled_from([None, None, 0.0, 0.4, 1.0]),  # strength; None gives no head to enhance
 )
-Asked = tuple[int, tuple[str, int], int, list[str]]
+Asked = tuple[int, tuple[str, int], int, list[str], float, float | None]
+# What a client might have trained: near the checkpoint's anchor, its hidden units in another order.
+GIVEN = permute_units(TINY_SPEC, tiny_space().anchor + 0.1, torch.tensor([2, 0, 1]))
 
 
 @contextmanager
@@ -45,8 +51,12 @@ def engine_around(generator: Generator) -> Iterator[tuple[asyncio.Runner, Engine
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_checkpoint: Path) -> Generator:
-    return Generator.load(tiny_checkpoint)
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
+    """A checkpoint that takes guidance, and whose network reads the head that it is given."""
+    sizes = {"width": 16, "depth": 2, "heads": 2, "embedding_dim": TINY_DIM, "chunk_size": 16, "class_path": 8}
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    save_tiny_checkpoint(folder, denoiser=DenoiserConfig(**sizes, null_condition=True, reads_given=True))
+    return Generator.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,16 @@ def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
     """The head without any engine, in calls of a fixed size."""
     embeddings = encode_texts(generator.text_encoder, generator.prompts(asked.classes), CallWatch())
     sampler, steps = generator.resolve_sampling(asked.sampler, asked.steps)
-    request = GenerationRequest(asked.classes, torch.stack(list(embeddings.values())), asked.seed, steps, sampler)
+    request = GenerationRequest(
+        asked.classes,
+        torch.stack(list(embeddings.values())),
+        asked.seed,
+        steps,
+        sampler,
+        asked.guidance_scale,
+        asked.given,
+        asked.strength,
+    )
     sample = generator.begin(request)
     while not sample.done:
         generator.advance([sample], rows)
@@ -83,10 +102,11 @@ def ask_all(served: tuple[asyncio.Runner, Engine], jobs: list[tuple[int, Job]], 
 
 
 def jobs_of(asked: list[Asked]) -> list[tuple[int, Job]]:
-    return [
-        (after, job(*classes, seed=seed, steps=steps, sampler=sampler))
-        for after, (sampler, steps), seed, classes in asked
-    ]
+    jobs = []
+    for after, (sampler, steps), seed, classes, scale, strength in asked:
+        given = {} if strength is None else {"given": GIVEN, "strength": strength}
+        jobs.append((after, job(*classes, seed=seed, steps=steps, sampler=sampler, guidance_scale=scale, **given)))
+    return jobs
 
 
 def assert_close(one: HeadArtifact, other: HeadArtifact, **tolerance: float) -> None:
@@ -120,8 +140,15 @@ def test_the_bundled_model_keeps_to_it() -> None:
     generator = Generator.load(bundled_checkpoint())
     names = read_config(bundled_checkpoint()).classes
     source = random.Random(0)
-    asked = [
-        (i % 3, source.choice([("mean", 1), ("ddim", 2), ("dpmpp_2m", 3)]), i, source.sample(names, 2 + 5 * i))
+    asked: list[Asked] = [
+        (
+            i % 3,
+            source.choice([("mean", 1), ("ddim", 2), ("dpmpp_2m", 3)]),
+            i,
+            source.sample(names, 2 + 5 * i),
+            1.0,
+            None,
+        )
         for i in range(4)
     ]
     jobs = jobs_of(asked)

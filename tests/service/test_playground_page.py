@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image, ImageStat
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from tests.patience import PATIENCE_S, PROCESS_S
@@ -21,6 +23,7 @@ from text2weight_service.model import load_model
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
 SCHEMES = ("light", "dark")
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "demo" / "screenshots.py"
 
 OpenPage = Callable[..., Page]
 
@@ -290,6 +293,24 @@ def test_pictures_are_classified(open_page: OpenPage, tmp_path: Path) -> None:
     expect(page.locator("#gallery > li")).to_have_count(2)
 
 
+def test_limits_of_the_service_are_the_pages(open_page: OpenPage, service: Live, tmp_path: Path) -> None:
+    info = service.client.get("/info").json()
+    info["limits"] |= {"exact_steps": {"ddpm": 3}, "max_pictures": 1}
+    page = ready(open_page({"info": lambda route: route.fulfill(json=info)}))
+    page.get_by_label("Sampler").select_option("ddpm")
+    expect(page.locator("#steps-input")).to_be_disabled()
+    expect(page.locator("#steps-input")).to_have_value("3")
+    expect(page.locator("#steps-hint")).to_have_text("ddpm takes exactly 3.")
+    page.get_by_label("Sampler").select_option("mean")
+    expect(page.locator("#steps-input")).to_be_enabled()
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for file in files:
+        file.write_bytes(encoded(picture()))
+    page.locator("#image-input").set_input_files(files)
+    expect(page.locator("#image-error")).to_have_text("At most 1 pictures: 1 are left out.")
+    expect(page.locator("#gallery > li")).to_have_count(1)
+
+
 def test_worker_without_backbone(open_page: OpenPage, service: Live) -> None:
     info = service.client.get("/info").json()
     info["features"]["classify"] = False
@@ -328,6 +349,18 @@ def test_small_screen(open_page: OpenPage) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 320
     heights = page.evaluate("[...document.querySelectorAll('button, select, .row > input')].map((e) => e.offsetHeight)")
     assert min(height for height in heights if height) >= 36
+
+
+def test_screenshots(service: Live, tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{service.port}/"
+    command = [sys.executable, SCREENSHOTS, "--url", address, "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S, check=False)
+    assert done.returncode == 0, done.stderr
+    views = {name: Image.open(tmp_path / f"{name}.png") for name in (*SCHEMES, "narrow")}
+    assert {name: view.width for name, view in views.items()} == {"light": 960, "dark": 960, "narrow": 360}
+    assert min(view.height for view in views.values()) > 900, "the whole page is longer than its window"
+    brightness = {name: ImageStat.Stat(view.convert("L")).mean[0] for name, view in views.items()}
+    assert brightness["dark"] < 100 < 200 < brightness["light"]
 
 
 def test_code_on_the_page_runs(

@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from tests.patience import HELD_S, PATIENCE_S
 from tests.service.fakes import FakeModel
+from tests.service.forms import a_head, post
 from tests.service.live import serve, wait_for
 from text2weight_service import tracing
 from text2weight_service.tracing import add_trace_id, end_traces, exporting_provider
@@ -47,6 +48,18 @@ def test_spans_of_a_request() -> None:
         assert stage.start_time <= stage.end_time
     assert spans["queue"].end_time == spans["encode"].start_time
     assert spans["encode"].end_time == spans["sample"].start_time
+
+
+def test_spans_of_merging() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    body = {"tasks": [{"classes": ["apple", "bus"]}] * 2, "method": "average"}
+    head = a_head("apple", "bus").to_bytes()
+    with serve(lambda _: FakeModel(), tracer_provider=provider) as live:
+        assert post(live.client, "/fuse", body, head, head).status_code == 200
+        wait_for(lambda: "POST /fuse" in {span.name for span in exporter.get_finished_spans()}, "span")
+    assert {span.name for span in exporter.get_finished_spans()} == {"POST /fuse", "read", "merge"}
 
 
 def test_no_spans_without_a_collector() -> None:

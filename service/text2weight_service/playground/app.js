@@ -51,10 +51,11 @@ function askForKey() {
 function suggestSteps() {
   const { sampler, steps } = info.model;
   const chosen = $("sampler-input").value;
-  const onlyOne = chosen === "mean";
-  $("steps-input").disabled = onlyOne;
-  $("steps-input").value = onlyOne ? 1 : chosen === sampler ? steps : Math.min(DEFAULT_STEPS, info.limits.max_steps);
-  $("steps-hint").textContent = onlyOne ? "mean takes exactly one." : `1 to ${info.limits.max_steps}.`;
+  const { exact_steps: exactSteps, max_steps: most } = info.limits;
+  const exact = exactSteps[chosen];
+  $("steps-input").disabled = Boolean(exact);
+  $("steps-input").value = exact ?? (chosen === sampler ? steps : Math.min(DEFAULT_STEPS, most));
+  $("steps-hint").textContent = exact ? `${chosen} takes exactly ${exact}.` : `1 to ${most}.`;
   setError("steps", "");
   showCode();
 }

@@ -4,7 +4,6 @@ import { $, count, make, setError } from "./dom.js";
 import { percent } from "./head.js";
 
 const TYPES = new Set(["image/jpeg", "image/png", "image/webp"]);
-const MOST = 16;
 const SHOWN_CLASSES = 5;
 
 export class Pictures {
@@ -13,6 +12,7 @@ export class Pictures {
   #service;
   #onKeyWanted;
   #running = null;
+  #most = Infinity;
 
   /** `onKeyWanted` is called when the service asks for a key. */
   constructor(service, onKeyWanted) {
@@ -38,8 +38,9 @@ export class Pictures {
     });
   }
 
-  /** Offer pictures only where the worker can classify them. */
-  configure({ features }) {
+  /** Offer pictures only where the worker can classify them, and as many as it takes. */
+  configure({ features, limits }) {
+    this.#most = limits.max_pictures;
     $("drop").hidden = !features.classify;
     $("no-backbone").hidden = features.classify;
   }
@@ -53,8 +54,9 @@ export class Pictures {
   #add(files) {
     const wrong = [...files].filter((file) => !TYPES.has(file.type)).map((file) => `${file.name} is no JPEG, PNG or WebP.`);
     const all = [...this.#files, ...[...files].filter((file) => TYPES.has(file.type))];
-    if (all.length > MOST) wrong.push(`At most ${MOST} pictures: ${all.length - MOST} are left out.`);
-    this.#set(all.slice(0, MOST));
+    const most = this.#most;
+    if (all.length > most) wrong.push(`At most ${most} pictures: ${all.length - most} are left out.`);
+    this.#set(all.slice(0, most));
     setError("image", wrong.join(" "));
   }
 
