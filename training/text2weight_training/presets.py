@@ -52,6 +52,17 @@ TaskSize = Annotated[tuple[int, int], AfterValidator(_check_task_size)]
 HeldOutPairs = Annotated[NonNegativeInt | float, AfterValidator(_check_pairs)]
 
 
+# What may change when a fit goes on from a saved state: how far and how fast it goes, not what it learns.
+RESUMABLE = (
+    "fit.steps",
+    "fit.learning_rate",
+    "fit.discriminator_learning_rate",
+    "fit.warmup",
+    "fit.gradient_clip",
+    "fit.save_every",
+)
+
+
 def _is_off(value: float) -> bool:
     return not value
 
@@ -103,7 +114,8 @@ class FitSettings(_Strict):
         zoo_batch: zoo heads per step, noised to uniformly drawn timesteps.
         fresh_batch: fresh class combinations per step, for which there is no head: see `fit.py`. Only the task
             and the adversarial loss use them; without both none are drawn.
-        fresh_task_size: least and greatest number of classes of those.
+        fresh_task_size: least and greatest number of classes of those; where there are fewer training classes, tasks of
+            them all are the greatest.
         samples: feature samples per task for the task loss.
         label_smoothing: of the task loss's targets; against fitting the training features too closely.
         feature_dropout: share of each sample's numbers that are dropped; likewise.
@@ -274,6 +286,18 @@ class Preset(_Strict):
                 raise ValueError(
                     f"suites.{name} is {count}, but the zoo keeps only {self.zoo.unseen_tasks} unseen tasks"
                 )
+
+
+def resume_obstacles(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings, by dotted name, that keep a fit with the run description `before` from going on with `now`."""
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        one, other, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += resume_obstacles(one, other, f"{name}.")
+        elif one != other and name not in RESUMABLE:
+            found.append(name)
+    return found
 
 
 def preset_names() -> list[str]:

@@ -97,18 +97,24 @@ def choose_held_out(num_classes: int, settings: ZooSettings, seed: int) -> HeldO
     return HeldOut(classes, tuple(pairs[i] for i in chosen))
 
 
+def fresh_task_sizes(split: TaskSplit, num_classes: int, sizes: tuple[int, int]) -> tuple[int, int]:
+    """Sizes (least, greatest) that fresh tasks are drawn of: no larger than there are training classes."""
+    available = len(split.held_out.training_classes(num_classes))
+    return min(sizes[0], available), min(sizes[1], available)
+
+
 def draw_fresh_tasks(
     split: TaskSplit, num_classes: int, count: int, sizes: tuple[int, int], generator: torch.Generator
 ) -> Tensor:
     """Draw class combinations that training may use: (count, K), padded with -1.
 
-    None is an unseen task or has a held-out class or pair.
+    None is an unseen task or has a held-out class or pair. Sizes are those of `fresh_task_sizes`.
 
     Raises:
         TrainingDataError: hardly any combination of these sizes is allowed.
     """
     available = len(split.held_out.training_classes(num_classes))
-    least, greatest = min(sizes[0], available), min(sizes[1], available)
+    least, greatest = fresh_task_sizes(split, num_classes, sizes)
     tasks: list[tuple[int, ...]] = []
     for _ in range(100 * count):
         if len(tasks) == count:
