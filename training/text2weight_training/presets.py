@@ -48,8 +48,15 @@ def _check_pairs(value: int | float) -> int | float:
     return value
 
 
+def _check_classes(value: float | tuple[str, ...]) -> float | tuple[str, ...]:
+    if isinstance(value, float) and not 0 <= value < 1:
+        raise ValueError(f"{value} must be a fraction from 0 to less than 1, or a list of class names")
+    return value
+
+
 TaskSize = Annotated[tuple[int, int], AfterValidator(_check_task_size)]
 HeldOutPairs = Annotated[NonNegativeInt | float, AfterValidator(_check_pairs)]
+HeldOutClasses = Annotated[float | tuple[str, ...], AfterValidator(_check_classes)]
 
 
 # What may change when a fit goes on from a saved state: how far and how fast it goes, not what it learns.
@@ -63,7 +70,7 @@ RESUMABLE = (
 )
 
 
-def _is_off(value: float) -> bool:
+def _is_off(value: float | tuple[str, ...]) -> bool:
     return not value
 
 
@@ -76,7 +83,7 @@ class ZooSettings(_Strict):
         unseen_fraction: share of tasks kept for evaluation.
         held_out_pairs: class pairs that occur together in no training task, see `splits.py`: a number of them,
             or a fraction of all pairs of training classes; 0 for none.
-        held_out_classes: fraction of the classes that no training sees; 0 for none.
+        held_out_classes: classes that no training sees: a fraction, drawn at random, or a list of names; 0 for none.
         base: recipe of the base head: a short training on all classes from PyTorch's initialisation.
         universal: recipe of the universal head: a long one.
         heads: recipe of the task heads, which start from the universal head.
@@ -88,7 +95,7 @@ class ZooSettings(_Strict):
     unseen_fraction: float = Field(default=0.2, gt=0, lt=1)
     # Left out of files while they are off, so that zoos and runs made without them stay what they are.
     held_out_pairs: HeldOutPairs = Field(default=0, exclude_if=_is_off)
-    held_out_classes: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
+    held_out_classes: HeldOutClasses = Field(default=0.0, exclude_if=_is_off)
     base: HeadRecipe
     universal: HeadRecipe
     heads: HeadRecipe

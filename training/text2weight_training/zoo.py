@@ -178,7 +178,7 @@ def _check_sizes(data: TaskData, preset: Preset) -> None:
 
 def _manifest(data: TaskData, preset: Preset) -> dict[str, Any]:
     zoo = preset.zoo
-    split = draw_split(len(data.classes), zoo, preset.seed)
+    split = draw_split(data.classes, zoo, preset.seed)
     manifest = {
         "format": FORMAT,
         "head": preset.head.model_dump(mode="json"),
