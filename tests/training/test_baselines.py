@@ -110,7 +110,9 @@ def test_the_universal_head_trained_on_tasks_has_the_lower_loss_on_them(hard_toy
 
 
 def test_a_diverging_universal_head_is_an_error(hard_toy: Toy) -> None:
-    with pytest.raises(TrainingDataError, match=r"lower suites.accuracy.restricted_universal.learning_rate"):
+    with pytest.raises(
+        TrainingDataError, match=r"diverged at step 2 .*: lower suites.accuracy.restricted_universal.learning_rate"
+    ):
         restricted(hard_toy, HeadRecipe(steps=3, learning_rate=1e38))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.training.conftest import Toy, ToyRun
-from tests.training.toy import toy_preset
+from tests.training.toy import NAMES, toy_preset
 from text2weight.checkpoint import load_checkpoint, save_checkpoint
 from text2weight.denoiser import Denoiser
 from text2weight.errors import CheckpointError
@@ -186,7 +186,7 @@ def test_a_zoo_of_another_split_is_refused(toy: Toy, toy_run: ToyRun, tmp_path: 
     assert load_checkpoint(toy_run.out / "checkpoint").config.task_split_sha256 == toy.zoo.split.fingerprint
     assert load_zoo(toy.zoo_folder).split.fingerprint == toy.zoo.split.fingerprint
     for split in (
-        draw_split(12, toy.preset.zoo, seed=4),
+        draw_split(NAMES, toy.preset.zoo, seed=4),
         replace(toy.zoo.split, seen=toy.zoo.split.unseen, unseen=toy.zoo.split.seen),
         replace(toy.zoo.split, held_out=HeldOut(pairs=((0, 1),))),
     ):

@@ -18,8 +18,10 @@ from text2weight.outside import OutsideSettings
 from text2weight_training import fit as fit_module
 from text2weight_training.files import TrainingDataError
 from text2weight_training.fit import Fit, learning_rate_factor
+from text2weight_training.loss_watch import DivergedError
+from text2weight_training.presets import RESUMABLE, FitSettings
 from text2weight_training.splits import draw_fresh_tasks
-from text2weight_training.tasks import PADDING, TaskSplit
+from text2weight_training.tasks import PADDING, HeldOut, TaskSplit
 from text2weight_training.zoo import build_zoo
 
 # Fits, and hangs when half of its second saved state is written.
@@ -298,14 +300,48 @@ def test_a_learning_rate_that_is_far_too_high_stops_the_fit(toy: Toy, tmp_path: 
         fit.run()
 
 
-def test_a_state_of_another_preset_or_other_data_is_refused(toy: Toy, tmp_path: Path) -> None:
+def test_a_diverged_fit_goes_on_from_its_kept_state_with_a_lower_rate(toy: Toy, tmp_path: Path) -> None:
+    high = {"fit__learning_rate": 3.0, "fit__steps": 60, "fit__save_every": 1, "fit__warmup": 0.5}
+    diverging = make_fit(toy, tmp_path / "state.pt", **high)
+    with pytest.raises(
+        DivergedError, match=r"lower fit.learning_rate; the state of step \d+ is kept in .* to go on from"
+    ):
+        diverging.run()
+    lower = high | {"fit__learning_rate": 1e-4, "fit__steps": 40, "fit__gradient_clip": 0.5}
+    fit = make_fit(toy, tmp_path / "state.pt", **lower)
+    assert fit.resume()
+    assert 0 < fit.state.step == diverging._saved_step
+    fit.run()
+    assert fit.state.step == 40
+    assert max(group["lr"] for group in fit._optimizer.param_groups) < 1e-4
+    # From now on the state is that of a fit with the lower rate; the higher one may still be gone back to.
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["preset"] == fit.preset.run_description()
+    assert make_fit(toy, tmp_path / "state.pt", **high).resume()
+
+
+def test_a_state_of_another_fit_is_refused(toy: Toy, tmp_path: Path) -> None:
     make_fit(toy, tmp_path / "state.pt").save()
-    with pytest.raises(TrainingDataError, match="belongs to another preset, other data or condition texts: remove it"):
-        make_fit(toy, tmp_path / "state.pt", fit__samples=31).resume()
+    for changes, named in (
+        ({"fit__samples": 31}, "fit.samples"),
+        (
+            {"fit__weight_decay": 0.5, "fit__class_mixing": 0.5, "fit__learning_rate": 1.0},
+            "fit.weight_decay, fit.class_mixing",
+        ),
+        ({"outside": {"reach": 0.5, "temperature": 0.1}, "seed": 4}, "seed, outside"),
+    ):
+        message = (
+            f"belongs to a fit with other {named}: .* remove it .* only fit.steps, fit.learning_rate, .* may change"
+        )
+        with pytest.raises(TrainingDataError, match=message):
+            make_fit(toy, tmp_path / "state.pt", **changes).resume()
     other = make_fit(toy, tmp_path / "state.pt")
     other._data = replace(toy.data, fingerprint="0")
-    with pytest.raises(TrainingDataError, match="another preset, other data"):
+    with pytest.raises(TrainingDataError, match="belongs to a fit with other data: "):
         other.resume()
+
+
+def test_what_may_change_on_the_way_are_settings_of_the_fit() -> None:
+    assert {name.removeprefix("fit.") for name in RESUMABLE} <= set(FitSettings.model_fields)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "another file"])
@@ -367,6 +403,18 @@ def test_fresh_tasks_have_the_sizes_asked_for() -> None:
     sizes = (drawn != PADDING).sum(1)
     assert sorted(set(sizes.tolist())) == [2, 3, 4]
     assert all(len(set(row) - {PADDING}) == size for row, size in zip(drawn.tolist(), sizes.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("held_out", "greatest"), [((), 12), ((1, 5, 8), 9)])
+def test_a_checkpoint_records_the_sizes_that_were_drawn(
+    toy: Toy, tmp_path: Path, held_out: tuple[int, ...], greatest: int
+) -> None:
+    zoo = replace(toy.zoo, split=replace(toy.zoo.split, held_out=HeldOut(held_out)))
+    fit = Fit(toy.data, zoo, toy_preset(fit__fresh_task_size=[2, 32]), tmp_path / "s.pt", "cpu")
+    fit.write_checkpoint(tmp_path / "checkpoint")
+    assert read_config(tmp_path / "checkpoint").task_size == (2, greatest)
+    fresh = draw_fresh_tasks(zoo.split, 12, 200, fit.preset.fit.fresh_task_size, torch.Generator().manual_seed(0))
+    assert int((fresh != PADDING).sum(1).max()) == greatest
 
 
 def test_fresh_tasks_that_cannot_be_drawn_are_an_error() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from pydantic import BaseModel
 
 from tests.training.toy import toy_preset, write_preset
 from text2weight.checkpoint import bundled_checkpoint, read_config
 from text2weight.outside import OutsideSettings
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import load_preset, preset_names
+from text2weight_training.teacher import TeacherSettings
+
+ROOT = Path(__file__).parents[2]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def test_every_bundled_preset_loads() -> None:
@@ -41,6 +49,32 @@ def test_the_bundled_model_is_made_by_its_preset() -> None:
     assert len(config.evaluation["results"]["unseen"]) >= len(preset.evaluation.samplers)
 
 
+def test_the_results_pages_commands_derive_the_presets_that_they_use(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "results.md").read_text().replace("\\\n", "")  # continued lines
+    derived = {}
+    for command, name in re.findall(r"^((?:sed|grep) .+ > (\w+\.yaml))$", page, re.MULTILINE):
+        command = command.removesuffix(name) + shlex.quote(str(tmp_path / name))
+        subprocess.run(["bash", "-c", command], cwd=ROOT, check=True)
+        derived[name] = load_preset(str(tmp_path / name))
+    assert set(derived) == set(re.findall(r"--preset (\S+\.yaml)", page))
+    small, heldout = load_preset("small"), load_preset("heldout")
+    teacher = TeacherSettings(width=4096)
+    assert derived["taught.yaml"] == changed(small, fit=changed(small.fit, teacher=teacher))
+    assert derived["plain.yaml"] == changed(heldout, fit=changed(heldout.fit, class_mixing=0.0), outside=None)
+    zoo = {"tasks": 640, "task_size": (8, 20), "unseen_fraction": 0.3, "held_out_pairs": 0}
+    accuracy = changed(heldout.suites.accuracy, tasks=100)
+    assert derived["outside.yaml"] == changed(
+        heldout,
+        zoo=changed(heldout.zoo, **zoo),
+        evaluation=changed(heldout.evaluation, tasks=192),
+        suites=changed(heldout.suites, accuracy=accuracy),
+    )
+
+
+def changed(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update=changes)
+
+
 def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
     assert load_preset(str(write_preset(tmp_path / "toy.yaml"))) == toy_preset()
 
@@ -60,7 +94,11 @@ def test_a_file_is_read_by_its_path(tmp_path: Path) -> None:
         ({"zoo__unseen_fraction": 0.001}, "leave one side empty"),
         ({"zoo__held_out_pairs": 1.5}, "zoo.held_out_pairs.*1.5 must be a whole number of pairs, or a fraction"),
         ({"zoo__held_out_pairs": -2}, "zoo.held_out_pairs"),
-        ({"zoo__held_out_classes": 1.0}, "zoo.held_out_classes: Input should be less than 1"),
+        (
+            {"zoo__held_out_classes": 1.0},
+            "zoo.held_out_classes: .*1.0 must be a fraction from 0 to less than 1, or a list",
+        ),
+        ({"zoo__held_out_classes": ["apple", 3]}, "zoo.held_out_classes.*Input should be a valid string"),
         ({"suites__accuracy": {"task": 5}}, "suites.accuracy.task: Extra inputs are not permitted"),
         ({"evaluation__samplers": [["mean", 1], ["euler", 4]]}, "evaluation.samplers.1.0"),
         ({"evaluation__samplers": [["mean", 1], ["mean", 4]]}, "'mean' makes exactly 1"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training.conftest import Toy
-from tests.training.toy import hard_preset, toy_preset
+from tests.training.toy import NAMES, hard_preset, toy_preset
 from text2weight.checkpoint import read_config
 from text2weight.weight_space import WeightSpace
 from text2weight_training import fit as fit_module
@@ -42,7 +42,7 @@ def holds_a_pair(task: tuple[int, ...], held_out: HeldOut) -> bool:
 
 
 def test_with_nothing_held_out_the_draws_are_plain_ones() -> None:
-    split = draw_split(12, settings(), seed=3)
+    split = draw_split(NAMES, settings(), seed=3)
     assert split == draw_tasks(12, 48, (3, 6), 0.25, 3)
     assert split.held_out == HeldOut()
     source, twin = torch.Generator().manual_seed(8), torch.Generator().manual_seed(8)
@@ -78,7 +78,7 @@ def test_allows_refuses_held_out_classes_and_pairs() -> None:
 
 
 def test_training_tasks_hold_no_held_out_pair_and_evaluation_tasks_do() -> None:
-    split = draw_split(12, settings(held_out_pairs=8), seed=1)
+    split = draw_split(NAMES, settings(held_out_pairs=8), seed=1)
     assert len(set(split.held_out.pairs)) == 8
     assert split.held_out.classes == split.held_out_classes == split.mixed_classes == ()
     assert (len(split.seen), len(split.unseen), len(split.held_out_pairs)) == (36, 12, 12)
@@ -92,12 +92,12 @@ def test_training_tasks_hold_no_held_out_pair_and_evaluation_tasks_do() -> None:
 
 
 def test_tasks_of_pairs_hold_as_many_as_fit() -> None:
-    held_out = choose_held_out(12, settings(held_out_pairs=66), seed=1)
+    held_out = choose_held_out(NAMES, settings(held_out_pairs=66), seed=1)
     assert set(held_out.pairs) == set(combinations(range(12), 2))
     # Two disjoint pairs fill a task of four; with one pair the rest are other classes.
     zoo = settings(held_out_pairs=2, task_size=[4, 4])
     for seed in range(20):
-        split = draw_split(12, zoo, seed)
+        split = draw_split(NAMES, zoo, seed)
         joint = frozenset(label for pair in split.held_out.pairs for label in pair)
         if len(joint) == 4:
             assert {frozenset(task) for task in split.held_out_pairs} == {joint}
@@ -106,7 +106,7 @@ def test_tasks_of_pairs_hold_as_many_as_fit() -> None:
 
 
 def test_held_out_classes_are_in_no_training_task() -> None:
-    split = draw_split(12, settings(held_out_classes=0.33, task_size=[2, 6]), seed=1)
+    split = draw_split(NAMES, settings(held_out_classes=0.33, task_size=[2, 6]), seed=1)
     held_out = set(split.held_out.classes)
     assert len(held_out) == 4
     assert not held_out & {label for task in (*split.seen, *split.unseen) for label in task}
@@ -120,8 +120,25 @@ def test_held_out_classes_are_in_no_training_task() -> None:
     assert len(split.mixed_classes) == 12
 
 
+def test_classes_held_out_by_name_are_those_and_draw_what_a_fraction_of_them_draws() -> None:
+    pairs = {"held_out_pairs": 4, "task_size": [2, 4]}
+    drawn = draw_split(NAMES, settings(held_out_classes=0.25, **pairs), seed=3)
+    named = [NAMES[label] for label in reversed(drawn.held_out.classes)]
+    assert draw_split(NAMES, settings(held_out_classes=named, **pairs), seed=3) == drawn
+    # Letter case and underscores do not matter, and another seed leaves them alone.
+    spelled = settings(held_out_classes=["maple tree", "COFFEE_CUP", "Bus"], task_size=[2, 4])
+    expected = tuple(sorted(NAMES.index(name) for name in ("maple_tree", "coffee cup", "Bus")))
+    assert {choose_held_out(NAMES, spelled, seed).classes for seed in range(5)} == {expected}
+
+
+def test_splits_made_by_a_fraction_stay_what_they_were() -> None:
+    """A checkpoint names its split by this hash: zoos of finished runs must be drawn the same for ever."""
+    split = draw_split(NAMES, hard_preset().zoo, hard_preset().seed)
+    assert split.fingerprint.startswith("c0d0cdf04e51")
+
+
 def test_both_at_once_hold_out_pairs_of_training_classes() -> None:
-    split = draw_split(12, settings(held_out_classes=0.25, held_out_pairs=0.12, task_size=[2, 5]), seed=2)
+    split = draw_split(NAMES, settings(held_out_classes=0.25, held_out_pairs=0.12, task_size=[2, 5]), seed=2)
     held_out = set(split.held_out.classes)
     assert len(split.held_out.pairs) == round(0.12 * 36)
     assert not held_out & {label for pair in split.held_out.pairs for label in pair}
@@ -130,7 +147,7 @@ def test_both_at_once_hold_out_pairs_of_training_classes() -> None:
 
 
 def test_no_fresh_task_holds_what_is_held_out() -> None:
-    split = draw_split(12, settings(held_out_classes=0.25, held_out_pairs=5, task_size=[3, 5]), seed=4)
+    split = draw_split(NAMES, settings(held_out_classes=0.25, held_out_pairs=5, task_size=[3, 5]), seed=4)
     drawn = draw_fresh_tasks(split, 12, 3000, (2, 5), torch.Generator().manual_seed(0))
     tasks = [tuple(label for label in row if label != PADDING) for row in drawn.tolist()]
     assert not any(set(task) & set(split.held_out.classes) or holds_a_pair(task, split.held_out) for task in tasks)
@@ -146,8 +163,17 @@ def test_no_fresh_task_holds_what_is_held_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"held_out_classes": 0.1}, r"0.1 holds out 1 of 12 classes, but tasks of them have at least 3: raise it"),
+        ({"held_out_classes": 0.1}, r"0.1 holds out 1 of 12 classes, but tasks of them have at least 3: hold out more"),
         ({"held_out_classes": 0.75}, r"3 to 6 classes need .* <= 3 \(9 of 12 classes are held out\)"),
+        (
+            {"held_out_classes": ["bus", "sea"]},
+            r"zoo.held_out_classes holds out 2 of 12 classes, but tasks of them have at least 3: hold out more",
+        ),
+        (
+            {"held_out_classes": ["bus", "sea", "Lizzard"]},
+            r"zoo.held_out_classes names 'Lizzard', which is none of the 12 classes; the nearest are lizard, ",
+        ),
+        ({"held_out_classes": ["bus", "sea", "Bus"]}, r"zoo.held_out_classes names 'Bus' twice: name each class once"),
         ({"held_out_pairs": 67}, "67 holds out 67 of 66 pairs .*: allowed are 1 to 66"),
         ({"held_out_pairs": 0.001}, "0.001 holds out 0 of 66 pairs .*: allowed are 1 to 66"),
         ({"held_out_pairs": 60}, "60 held-out pairs leave hardly a task of .* of 12 classes without one: lower"),
@@ -156,7 +182,7 @@ def test_no_fresh_task_holds_what_is_held_out() -> None:
 )
 def test_what_cannot_be_drawn_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingDataError, match=message):
-        draw_split(12, settings(**changes), seed=0)
+        draw_split(NAMES, settings(**changes), seed=0)
 
 
 def test_fresh_tasks_that_are_too_large_for_the_pairs_are_refused() -> None:
@@ -167,7 +193,7 @@ def test_fresh_tasks_that_are_too_large_for_the_pairs_are_refused() -> None:
 
 def test_the_zoo_directory_carries_the_splits(hard_toy: Toy) -> None:
     split = load_zoo(hard_toy.zoo_folder).split
-    assert split == draw_split(12, hard_toy.preset.zoo, hard_toy.preset.seed)
+    assert split == draw_split(NAMES, hard_toy.preset.zoo, hard_toy.preset.seed)
     assert len(split.held_out.classes) == 3
     assert len(split.held_out.pairs) == 4
     assert min(len(split.held_out_pairs), len(split.held_out_classes), len(split.mixed_classes)) > 0

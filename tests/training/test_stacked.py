@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.training.conftest import Toy
 from text2weight.head import HeadSpec, apply_heads, class_logits
-from text2weight_training.files import TrainingDataError
+from text2weight_training.loss_watch import READ_TOGETHER, DivergedError
 from text2weight_training.stacked import (
     HeadRecipe,
     cosine_decay,
@@ -138,8 +138,19 @@ def test_the_sampled_loss_smooths_and_drops_as_its_recipe_says(toy: Toy) -> None
 
 def test_divergence_is_reported(toy: Toy) -> None:
     spec, recipe = toy.preset.head, HeadRecipe(steps=3, batch_size=8, learning_rate=1e38, weight_decay=0.0)
-    with pytest.raises(TrainingDataError, match=r"diverged .* lower the learning rate"):
+    with pytest.raises(
+        DivergedError, match=r"^head training diverged at step 2 \(.* not finite\): lower the learning rate$"
+    ):
         train_stack(spec, initial_head(spec, 0), TASKS, toy.data.train, toy.data.embeddings, 10.0, recipe, 0)
+
+
+def test_divergence_ends_a_training_long_before_its_last_step(toy: Toy) -> None:
+    spec, steps = toy.preset.head, []
+    recipe = HeadRecipe(steps=10 * READ_TOGETHER, batch_size=8, learning_rate=1e38, weight_decay=0.0)
+    args = (toy.data.train, toy.data.embeddings, 10.0, recipe, 0)
+    with pytest.raises(DivergedError):
+        train_stack(spec, initial_head(spec, 0), TASKS, *args, on_step=lambda: steps.append(1))
+    assert len(steps) < READ_TOGETHER
 
 
 def test_accuracy_counts_only_the_tasks_classes(toy: Toy) -> None:

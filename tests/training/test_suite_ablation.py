@@ -63,7 +63,7 @@ def test_variants_change_what_they_say() -> None:
     assert changed("tokens", preset) == {"denoiser.tokens": "chunk"}
     assert changed("unit_identity", preset) == {"denoiser.unit_identity": False}
     assert changed("scaling", preset) == {"scaling": "min_max"}
-    legal = {"fit.permute_units": True, "scaling": "min_max", "denoiser.unit_identity": False}
+    legal = {"fit.permute_units": True, "scaling": "min_max", "denoiser.tokens": "chunk"}
     assert changed("permuted_units", preset) == legal
 
 
@@ -160,14 +160,17 @@ def test_scores_are_those_of_the_fitted_checkpoints(toy: Toy, toy_suites: ToySui
 
 
 def test_the_equivariance_error_tells_the_ways_to_the_symmetry_apart(suite_run: SuiteRun, tmp_path: Path) -> None:
-    def error(**changes: Any) -> float:
-        preset = toy_preset(scaling="min_max", denoiser__class_path=0, fit__learning_rate=1e-2, **changes)
+    def error(name: VariantName = "full", **changes: Any) -> float:
+        own = toy_preset(scaling="min_max", denoiser__class_path=0, fit__learning_rate=1e-2, **changes)
+        preset = make_variant(name, own, own.seed).preset
         fit = Fit(suite_run.data, suite_run.zoo, preset, tmp_path / "s.pt", "cpu")
         fit.run()
         fit.write_checkpoint(tmp_path / "checkpoint")
         return ablation.measure_equivariance(suite_run, tmp_path / "checkpoint")
 
-    assert error(denoiser__tokens="chunk") > 1e-2
+    chunks = error(denoiser__tokens="chunk")
+    assert chunks > 1e-2
+    assert 1e-4 < error("permuted_units") < chunks  # learnt, not by construction
     assert 0 < error(denoiser__unit_identity=False) < 1e-5
 
 

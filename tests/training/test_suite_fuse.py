@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +16,7 @@ from text2weight_training.stacked import HeadRecipe
 from text2weight_training.suites import fuse
 from text2weight_training.suites.base import SuiteRun, Task, task_accuracy
 from text2weight_training.suites.fuse import Pair, draw_pairs
+from text2weight_training.tasks import TaskSplit
 
 MERGED = {"first alone", "second alone", "average", "git re-basin", "regmean", "task arithmetic", "ties"}
 PAIRS = [Pair((0, 3, 5), (7, 1, 2)), Pair((4, 6, 8), (9, 10, 11))]
@@ -66,16 +67,17 @@ def test_pairs_are_disjoint_distinct_and_new(toy: Toy, suite_run: SuiteRun) -> N
     pairs = draw_pairs(suite_run, 40, 3)
     assert pairs == draw_pairs(suite_run, 40, 3)
     assert len({frozenset((frozenset(pair.first), frozenset(pair.second))) for pair in pairs}) == 40
-    seen = {frozenset(task) for task in toy.zoo.split.seen}
+    taken = {frozenset(task) for task in (*toy.zoo.split.seen, *toy.zoo.split.unseen)}
     for pair in pairs:
         assert len(set(pair.joint)) == 6
-        assert not seen & {frozenset(pair.first), frozenset(pair.second), frozenset(pair.joint)}
+        assert not taken & {frozenset(pair.first), frozenset(pair.second), frozenset(pair.joint)}
 
 
-def test_a_pair_that_the_zoo_knows_is_not_drawn(toy: Toy, suite_run: SuiteRun) -> None:
+@pytest.mark.parametrize("name", [field.name for field in fields(TaskSplit) if field.name != "held_out"])
+def test_a_pair_that_the_zoo_knows_is_not_drawn(toy: Toy, suite_run: SuiteRun, name: str) -> None:
     first = draw_pairs(suite_run, 1, 3)[0]
     for known in (first.first, first.second[::-1], first.joint):
-        split = replace(toy.zoo.split, seen=(*toy.zoo.split.seen, known))
+        split = replace(toy.zoo.split, **{name: (*getattr(toy.zoo.split, name), known)})
         other = replace(suite_run, zoo=replace(toy.zoo, split=split))
         assert draw_pairs(other, 1, 3)[0] != first
 

@@ -15,11 +15,10 @@ from typer.testing import CliRunner, Result
 from tests.training.conftest import Toy, ToyRun, ToySuites
 from tests.training.toy import preset_dict, toy_preset, write_preset
 from text2weight.checkpoint import read_config
-from text2weight_training.files import TrainingDataError
+from text2weight_training.files import TrainingDataError, read_kept, write_kept
 from text2weight_training.model_cli import evaluate_app
 from text2weight_training.presets import Preset, load_preset
 from text2weight_training.suites import SUITES, choose_suites, load_suite
-from text2weight_training.suites.base import read_kept, write_kept
 from text2weight_training.suites.runner import run_suites, with_paraphrases, with_pictures
 from text2weight_training.zoo import Zoo
 

@@ -68,8 +68,18 @@ def test_a_teacher_is_trained_once_for_the_same_data_and_settings(
 
 def test_a_diverging_teacher_is_named(toy: Toy) -> None:
     broken = replace(toy.data.train, features=torch.full_like(toy.data.train.features, math.nan))
-    with pytest.raises(TrainingDataError, match=r"lower fit\.teacher\.learning_rate"):
+    with pytest.raises(
+        TrainingDataError, match=r"^the teacher diverged at step 1 .* lower fit\.teacher\.learning_rate$"
+    ):
         train_teacher(replace(toy.data, train=broken), PLAIN, SETTINGS, 0)
+
+
+def test_a_teacher_whose_loss_explodes_is_stopped_though_all_is_finite(toy: Toy) -> None:
+    wild = SETTINGS.model_copy(update={"learning_rate": 1e3, "epochs": 40})
+    with pytest.raises(
+        TrainingDataError, match=r"^the teacher diverged at step \d+ \(the loss exploded from a median of"
+    ):
+        train_teacher(toy.data, PLAIN, wild, 0)
 
 
 def test_distillation_by_hand() -> None:

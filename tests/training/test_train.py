@@ -94,6 +94,24 @@ def test_a_call_with_other_arguments_is_refused(
         train(**arguments)
 
 
+def test_an_unfinished_fit_may_go_on_with_another_learning_rate(
+    toy: Toy, toy_run: ToyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(toy_run.out, out)
+    fit = toy_run.preset.fit
+    lower = toy_run.preset.model_copy(update={"fit": fit.model_copy(update={"learning_rate": 1e-3})})
+    with pytest.raises(TrainingDataError, match="holds a run with another preset"):  # its checkpoint is made already
+        train(toy.data, lower, out)
+    shutil.rmtree(out / "checkpoint")
+    other = toy_run.preset.model_copy(update={"fit": fit.model_copy(update={"samples": 31})})
+    with pytest.raises(TrainingDataError, match="holds a run with another preset"):
+        train(toy.data, other, out)
+    monkeypatch.setattr(train_module, "evaluate", lambda *_: toy_run.result)
+    train(toy.data, lower, out)
+    assert json.loads((out / "run.json").read_text())["preset"] == lower.run_description()
+
+
 def test_folders_of_another_origin_are_left_alone(toy: Toy, toy_run: ToyRun, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     with pytest.raises(TrainingDataError, match="holds a checkpoint of another origin"):

@@ -302,9 +302,18 @@ def test_diverging_heads_leave_no_shard(tmp_path: Path) -> None:
     preset = toy_preset(
         zoo__heads={"steps": 2, "learning_rate": 1e38}, zoo__universal={"steps": 2}, zoo__base={"steps": 2}
     )
-    with pytest.raises(TrainingDataError, match=r"heads-00000.safetensors: .*diverged.*lower the learning rate"):
+    with pytest.raises(
+        TrainingDataError, match=r"heads-00000.safetensors: .*diverged at step 2 .*lower the learning rate"
+    ):
         build_zoo(toy_data(tmp_path), preset, tmp_path / "zoo")
     assert sorted(path.name for path in (tmp_path / "zoo").iterdir()) == ["manifest.json", "shared.safetensors"]
+
+
+def test_a_diverging_universal_head_is_named(tmp_path: Path) -> None:
+    preset = toy_preset(zoo__universal={"steps": 3, "learning_rate": 1e38}, zoo__base={"steps": 2})
+    message = r"^universal head: .*diverged at step 2 .*lower the learning rate \(zoo.universal.learning_rate\)$"
+    with pytest.raises(TrainingDataError, match=message):
+        build_zoo(toy_data(tmp_path), preset, tmp_path / "zoo")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ N features of a task, d feature size, s samples per task.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from text2weight.condition import prior_attention
 from text2weight.head import HeadSpec
 from text2weight.weight_space import WeightSpace
-from text2weight_training.files import TrainingDataError
+from text2weight_training.loss_watch import StepWatch
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_fresh_tasks, training_center
 from text2weight_training.stacked import (
@@ -190,7 +191,8 @@ def restricted_universal_head(
         on_step: called after every step.
 
     Raises:
-        TrainingDataError: the weights are no longer finite, or tasks cannot be drawn.
+        TrainingDataError: tasks cannot be drawn; as `DivergedError`, a loss or the weights are not finite, or the loss
+            exploded.
     """
 
     def loss(flat: Tensor, generator: torch.Generator) -> Tensor:
@@ -201,12 +203,12 @@ def restricted_universal_head(
         heads = flat.expand(len(tasks), -1)  # (M, P)
         return sampled_loss(preset.head, heads, tasks, text, data.train, preset.logit_scale, recipe, generator)
 
-    trained, _ = minimise(start.clone(), loss, recipe, preset.seed, on_step)  # (P,)
-    if not bool(torch.isfinite(trained).all()):
-        raise TrainingDataError(
-            "the universal head trained on tasks diverged: lower suites.accuracy.restricted_universal.learning_rate"
-        )
-    return trained
+    watch = StepWatch(
+        "the universal head trained on tasks",
+        "lower suites.accuracy.restricted_universal.learning_rate",
+        guess=math.log(preset.fit.fresh_task_size[1]),
+    )
+    return minimise(start.clone(), loss, recipe, preset.seed, watch, on_step)  # (P,)
 
 
 def weight_error(space: WeightSpace, heads: Tensor, targets: Tensor) -> float:

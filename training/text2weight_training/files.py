@@ -26,6 +26,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def read_kept(path: Path) -> dict[str, Any]:
+    """A JSON file's content; empty where it is not there or damaged, for what can be made again."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_kept(path: Path, content: dict[str, Any]) -> None:
+    """Write what `read_kept` reads, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n")
+
+
 def claim(path: Path, description: dict[str, Any], what: str) -> None:
     """Note what a folder's files are made of, or check that those there already are made of the same.
 

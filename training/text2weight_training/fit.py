@@ -17,7 +17,6 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,24 +24,22 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
 from text2weight.denoiser import Denoiser
-from text2weight.generator import BUNDLED_CONDITION_TEXT, BUNDLED_TEXT_ENCODER, created_by
 from text2weight.samplers import make_plan
-from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
 from text2weight_training.adversary import SAMPLER_CALLS, SAMPLES, Adversary, sample_heads
 from text2weight_training.class_mixing import draw_class_mixing
 from text2weight_training.files import TrainingDataError, atomic_path
+from text2weight_training.fitted_checkpoint import write_fitted_checkpoint
 from text2weight_training.given import GivenDraws, draw_given, partly_trained
 from text2weight_training.loss_watch import DivergedError, LossWatch
 from text2weight_training.losses import DenoisingLosses, TaskBatch, make_task_batch
 from text2weight_training.output_start import output_start
-from text2weight_training.presets import Preset
-from text2weight_training.splits import draw_fresh_tasks, training_center, training_class_names
+from text2weight_training.presets import RESUMABLE, Preset, resume_obstacles
+from text2weight_training.splits import draw_fresh_tasks, training_center
 from text2weight_training.stacked import cosine_decay
 from text2weight_training.symmetry import draw_orders, permute_each
-from text2weight_training.tasks import PADDING, ConditionTexts, TaskData, TaskSplit, pad_tasks
+from text2weight_training.tasks import PADDING, TaskData, TaskSplit, pad_tasks
 from text2weight_training.teacher import teacher_answers
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
@@ -201,7 +198,9 @@ class Fit:
         complaint = broken[0] if broken else self._watch.complaint(loss)
         if complaint:
             saved = self._saved_step
-            kept = "no state was saved" if saved is None else f"the state of step {saved} is kept in {self._state_file}"
+            kept = "no state was saved"
+            if saved is not None:
+                kept = f"the state of step {saved} is kept in {self._state_file}, to go on from with the new rate"
             raise DivergedError(f"{complaint} at step {self.state.step}: lower fit.learning_rate; {kept}")
         return loss
 
@@ -376,7 +375,7 @@ class Fit:
             raise OSError(f"{self._state_file} cannot be written, the disk may be full: {error}") from error
 
     def resume(self) -> bool:
-        """Go on from the saved state, if there is one.
+        """Go on from the saved state, if there is one; with a preset that may differ from its own in `RESUMABLE`.
 
         Returns:
             whether there was.
@@ -389,12 +388,16 @@ class Fit:
         try:
             state = torch.load(self._state_file, map_location="cpu", weights_only=True)
             # States that are older than condition texts lack the key, and had none.
-            origin = state["preset"], state["data"], state.get("condition_text", "")
+            there = {"data": state["data"], "condition texts": state.get("condition_text", "")}
+            differing = resume_obstacles(state["preset"], self.preset.run_description())
         except Exception as error:  # torch raises many kinds for a damaged file
             raise TrainingDataError(f"{self._state_file} is damaged ({error}): remove it to start anew") from error
-        if origin != (self.preset.run_description(), self._data.fingerprint, self._data.condition_fingerprint):
+        here = {"data": self._data.fingerprint, "condition texts": self._data.condition_fingerprint}
+        differing += [what for what, fingerprint in here.items() if there[what] != fingerprint]
+        if differing:
             raise TrainingDataError(
-                f"{self._state_file} belongs to another preset, other data or condition texts: remove it to start anew"
+                f"{self._state_file} belongs to a fit with other {', '.join(differing)}: give what it was begun with, "
+                f"or remove it to start anew; only {', '.join(RESUMABLE)} may change on the way"
             )
         self.denoiser.load_state_dict(state["denoiser"])
         self.average.load_state_dict(state["average"])
@@ -420,65 +423,7 @@ class Fit:
         """
         if not self._accelerator.is_main_process:
             return
-        with TemporaryDirectory() as scratch:
-            source, parts = _text_encoder_part(self._data.text_source, Path(scratch) / "text")
-            condition, texts = _condition_text_part(self._data.condition_texts, Path(scratch) / "condition")
-            parts |= texts
-            if backbone is not None:
-                parts["backbone"] = backbone
-            config = self._checkpoint_config(source, condition)
-            save_checkpoint(out, config, self.average, self.space, parts)
-
-    def _checkpoint_config(self, text_source: str, condition: TextEncoderConfig | None) -> CheckpointConfig:
-        data, preset = self._data, self.preset
-        encoder = load_text_encoder(data.text_source)
-        return CheckpointConfig(
-            created_by=created_by(),
-            head=preset.head,
-            logit_scale=preset.logit_scale,
-            template=data.template,
-            classes=training_class_names(data, self._split),
-            task_size=preset.fit.fresh_task_size if preset.fit.fresh_items else preset.zoo.task_size,
-            task_split_sha256=self._split.fingerprint,
-            text_encoder=TextEncoderConfig(source=text_source, name=encoder.name, fingerprint=encoder.fingerprint),
-            condition_text=condition,
-            backbone=dict(data.backbone),
-            denoiser=preset.denoiser,
-            schedule=preset.schedule,
-            prediction=preset.prediction,
-            sampler=preset.sampler,
-            steps=preset.steps,
-            outside=preset.outside,
-        )
-
-
-def _text_encoder_part(source: str, scratch: Path) -> tuple[str, dict[str, Path]]:
-    """Make a text encoder's source relative to the checkpoint, and name the folder to copy into it.
-
-    An encoder that is known by name and downloaded, "open_clip:ARCH/TAG", stays what it is.
-    """
-    kind, _, place = source.partition(":")
-    if kind == "dir":
-        return f"dir:{BUNDLED_TEXT_ENCODER}", {BUNDLED_TEXT_ENCODER: Path(place)}
-    if kind == "table":
-        return _bundle_table(place, BUNDLED_TEXT_ENCODER, scratch)
-    return source, {}
-
-
-def _condition_text_part(
-    texts: ConditionTexts | None, scratch: Path
-) -> tuple[TextEncoderConfig | None, dict[str, Path]]:
-    """What a checkpoint says of its condition texts, and the folder to copy into it; nothing where it has none."""
-    if texts is None:
-        return None, {}
-    source, parts = _bundle_table(texts.source, BUNDLED_CONDITION_TEXT, scratch)
-    return TextEncoderConfig(source=source, name=texts.name, fingerprint=texts.fingerprint), parts
-
-
-def _bundle_table(place: str, part: str, scratch: Path) -> tuple[str, dict[str, Path]]:
-    scratch.mkdir()
-    table = copy_embedding_table(place, scratch / "table.safetensors")
-    return f"table:{part}/table.safetensors#{table}", {part: scratch}
+        write_fitted_checkpoint(out, self.preset, self._data, self._split, self.average, self.space, backbone)
 
 
 def learning_rate_factor(done: float, warmup: float) -> float:

@@ -78,7 +78,13 @@ def fit_command(
     preset: PresetName = "small",
     minutes: Minutes = None,
     condition_text: ConditionText = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last saved state of this --out")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="go on from the last saved state of this --out, also with a lower learning rate",
+        ),
+    ] = False,
     template: Template = "a {}",
     backbone: BackboneFolder = None,
     device: Device = "cpu",
@@ -87,6 +93,9 @@ def fit_command(
 
     Example: t2w fit --zoo runs/a/zoo --features cifar100.safetensors --text text.safetensors#cifar100.a
     --out runs/a/checkpoint --minutes 20
+
+    With --resume the preset may differ from the state's in fit.steps, learning_rate, discriminator_learning_rate,
+    warmup, gradient_clip and save_every.
     """
     from text2weight_training.files import TrainingDataError
     from text2weight_training.fit import Fit

@@ -48,11 +48,29 @@ def _check_pairs(value: int | float) -> int | float:
     return value
 
 
+def _check_classes(value: float | tuple[str, ...]) -> float | tuple[str, ...]:
+    if isinstance(value, float) and not 0 <= value < 1:
+        raise ValueError(f"{value} must be a fraction from 0 to less than 1, or a list of class names")
+    return value
+
+
 TaskSize = Annotated[tuple[int, int], AfterValidator(_check_task_size)]
 HeldOutPairs = Annotated[NonNegativeInt | float, AfterValidator(_check_pairs)]
+HeldOutClasses = Annotated[float | tuple[str, ...], AfterValidator(_check_classes)]
 
 
-def _is_off(value: float) -> bool:
+# What may change when a fit goes on from a saved state: how far and how fast it goes, not what it learns.
+RESUMABLE = (
+    "fit.steps",
+    "fit.learning_rate",
+    "fit.discriminator_learning_rate",
+    "fit.warmup",
+    "fit.gradient_clip",
+    "fit.save_every",
+)
+
+
+def _is_off(value: float | tuple[str, ...]) -> bool:
     return not value
 
 
@@ -65,7 +83,7 @@ class ZooSettings(_Strict):
         unseen_fraction: share of tasks kept for evaluation.
         held_out_pairs: class pairs that occur together in no training task, see `splits.py`: a number of them,
             or a fraction of all pairs of training classes; 0 for none.
-        held_out_classes: fraction of the classes that no training sees; 0 for none.
+        held_out_classes: classes that no training sees: a fraction, drawn at random, or a list of names; 0 for none.
         base: recipe of the base head: a short training on all classes from PyTorch's initialisation.
         universal: recipe of the universal head: a long one.
         heads: recipe of the task heads, which start from the universal head.
@@ -77,7 +95,7 @@ class ZooSettings(_Strict):
     unseen_fraction: float = Field(default=0.2, gt=0, lt=1)
     # Left out of files while they are off, so that zoos and runs made without them stay what they are.
     held_out_pairs: HeldOutPairs = Field(default=0, exclude_if=_is_off)
-    held_out_classes: float = Field(default=0.0, ge=0, lt=1, exclude_if=_is_off)
+    held_out_classes: HeldOutClasses = Field(default=0.0, exclude_if=_is_off)
     base: HeadRecipe
     universal: HeadRecipe
     heads: HeadRecipe
@@ -103,7 +121,8 @@ class FitSettings(_Strict):
         zoo_batch: zoo heads per step, noised to uniformly drawn timesteps.
         fresh_batch: fresh class combinations per step, for which there is no head: see `fit.py`. Only the task
             and the adversarial loss use them; without both none are drawn.
-        fresh_task_size: least and greatest number of classes of those.
+        fresh_task_size: least and greatest number of classes of those; where there are fewer training classes, tasks of
+            them all are the greatest.
         samples: feature samples per task for the task loss.
         label_smoothing: of the task loss's targets; against fitting the training features too closely.
         feature_dropout: share of each sample's numbers that are dropped; likewise.
@@ -274,6 +293,18 @@ class Preset(_Strict):
                 raise ValueError(
                     f"suites.{name} is {count}, but the zoo keeps only {self.zoo.unseen_tasks} unseen tasks"
                 )
+
+
+def resume_obstacles(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings, by dotted name, that keep a fit with the run description `before` from going on with `now`."""
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        one, other, name = before.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += resume_obstacles(one, other, f"{name}.")
+        elif one != other and name not in RESUMABLE:
+            found.append(name)
+    return found
 
 
 def preset_names() -> list[str]:

@@ -13,13 +13,15 @@ Letters: C classes in all, K classes of a task (padded), M tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
+from text2weight.condition import plain_name
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import ZooSettings
 from text2weight_training.tasks import HeldOut, TaskData, TaskSplit, draw_tasks, pad_tasks
@@ -29,21 +31,21 @@ HELD_OUT_STREAM = 1_000_003
 EVALUATION_STREAM = 2_000_003
 
 
-def draw_split(num_classes: int, settings: ZooSettings, seed: int) -> TaskSplit:
+def draw_split(names: Sequence[str], settings: ZooSettings, seed: int) -> TaskSplit:
     """Draw a zoo's tasks: seen, unseen, and those of the harder splits that the settings ask for.
 
     A harder split has as many tasks as the unseen one, or as many as exist.
 
     Args:
-        num_classes: C.
+        names: of the C classes.
         settings: numbers of tasks and classes, and what is held out.
         seed: of all draws.
 
     Raises:
         TrainingDataError: a split is empty, too many classes or pairs are held out to draw training tasks,
-            or too few classes to draw evaluation tasks of them.
+            too few classes to draw evaluation tasks of them, or a class that there is not.
     """
-    held_out = choose_held_out(num_classes, settings, seed)
+    num_classes, held_out = len(names), choose_held_out(names, settings, seed)
     split = draw_tasks(num_classes, settings.tasks, settings.task_size, settings.unseen_fraction, seed, held_out)
     least, greatest = settings.task_size
     count = settings.unseen_tasks
@@ -69,22 +71,25 @@ def draw_split(num_classes: int, settings: ZooSettings, seed: int) -> TaskSplit:
     return split
 
 
-def choose_held_out(num_classes: int, settings: ZooSettings, seed: int) -> HeldOut:
-    """Choose the classes and the pairs of other classes that no training sees.
+def choose_held_out(names: Sequence[str], settings: ZooSettings, seed: int) -> HeldOut:
+    """Choose the classes, of those with these names, and the pairs of other classes that no training sees.
 
     Raises:
-        TrainingDataError: the settings hold out nothing though they should, more pairs than there are, or
-            fewer classes than the least evaluation task has.
+        TrainingDataError: the settings hold out nothing though they should, more pairs than there are, fewer
+            classes than the least evaluation task has, or a class that there is not.
     """
     generator = torch.Generator().manual_seed(seed + HELD_OUT_STREAM)
-    count = round(settings.held_out_classes * num_classes)
-    least = settings.task_size[0]
-    if settings.held_out_classes and count < least:
+    num_classes, asked, least = len(names), settings.held_out_classes, settings.task_size[0]
+    # Drawn where classes are named, too: a list of what a fraction drew leaves the pairs as they are.
+    order = torch.randperm(num_classes, generator=generator).tolist()
+    labels = order[: round(asked * num_classes)] if isinstance(asked, float) else _find_labels(asked, names)
+    if asked and len(labels) < least:
+        shown = f" {asked}" if isinstance(asked, float) else ""
         raise TrainingDataError(
-            f"zoo.held_out_classes {settings.held_out_classes} holds out {count} of {num_classes} classes, but tasks "
-            f"of them have at least {least}: raise it, or lower zoo.task_size"
+            f"zoo.held_out_classes{shown} holds out {len(labels)} of {num_classes} classes, but tasks of them "
+            f"have at least {least}: hold out more, or lower zoo.task_size"
         )
-    classes = tuple(sorted(torch.randperm(num_classes, generator=generator)[:count].tolist()))
+    classes = tuple(sorted(labels))
     pairs = list(combinations(HeldOut(classes).training_classes(num_classes), 2))
     wanted = settings.held_out_pairs
     number = wanted if isinstance(wanted, int) else round(wanted * len(pairs))
@@ -97,18 +102,46 @@ def choose_held_out(num_classes: int, settings: ZooSettings, seed: int) -> HeldO
     return HeldOut(classes, tuple(pairs[i] for i in chosen))
 
 
+def _find_labels(asked: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Labels of the classes that `zoo.held_out_classes` names; letter case and underscores do not matter.
+
+    Raises:
+        TrainingDataError: there is no class of a name, or one is named twice.
+    """
+    labels = {plain_name(name).casefold(): label for label, name in enumerate(names)}
+    found: list[int] = []
+    for name in asked:
+        label = labels.get(plain_name(name).casefold())
+        if label is None:
+            nearest = get_close_matches(plain_name(name).casefold(), labels, n=3, cutoff=0.0)
+            raise TrainingDataError(
+                f"zoo.held_out_classes names {name!r}, which is none of the {len(names)} classes; the nearest are "
+                f"{', '.join(nearest)}"
+            )
+        if label in found:
+            raise TrainingDataError(f"zoo.held_out_classes names {name!r} twice: name each class once")
+        found.append(label)
+    return found
+
+
+def fresh_task_sizes(split: TaskSplit, num_classes: int, sizes: tuple[int, int]) -> tuple[int, int]:
+    """Sizes (least, greatest) that fresh tasks are drawn of: no larger than there are training classes."""
+    available = len(split.held_out.training_classes(num_classes))
+    return min(sizes[0], available), min(sizes[1], available)
+
+
 def draw_fresh_tasks(
     split: TaskSplit, num_classes: int, count: int, sizes: tuple[int, int], generator: torch.Generator
 ) -> Tensor:
     """Draw class combinations that training may use: (count, K), padded with -1.
 
-    None is an unseen task or has a held-out class or pair.
+    None is an unseen task or has a held-out class or pair. Sizes are those of `fresh_task_sizes`.
 
     Raises:
         TrainingDataError: hardly any combination of these sizes is allowed.
     """
     available = len(split.held_out.training_classes(num_classes))
-    least, greatest = min(sizes[0], available), min(sizes[1], available)
+    least, greatest = fresh_task_sizes(split, num_classes, sizes)
     tasks: list[tuple[int, ...]] = []
     for _ in range(100 * count):
         if len(tasks) == count:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from torch import Tensor
 
 from text2weight.head import AdapterHead, HeadSpec, apply_heads, class_logits
-from text2weight_training.files import TrainingDataError
+from text2weight_training.loss_watch import StepWatch
 from text2weight_training.tasks import ClassFeatures, pad_tasks, task_embeddings
 
 # Feature samples of a task that share one dropout mask.
@@ -126,7 +126,7 @@ def train_stack(
         (M, P) trained weights.
 
     Raises:
-        TrainingDataError: the weights are no longer finite.
+        DivergedError: a loss or the weights are not finite, or the loss exploded.
     """
     labels = pad_tasks(tasks).to(features.features.device)  # (M, K)
     text = task_embeddings(embeddings, labels)  # (M, K, D), (M, K)
@@ -136,10 +136,8 @@ def train_stack(
         return len(tasks) * sampled_loss(spec, flat, labels, text, features, logit_scale, recipe, generator)
 
     flat = start.to(labels.device).expand(len(tasks), -1).clone()  # (M, P)
-    trained, last = minimise(flat, loss, recipe, seed, on_step, on_weights)
-    if not bool(torch.isfinite(trained).all()):
-        raise TrainingDataError(f"head training diverged (loss {last}): lower the learning rate")
-    return trained
+    watch = StepWatch("head training", "lower the learning rate", guess=len(tasks) * math.log(labels.shape[1]))
+    return minimise(flat, loss, recipe, seed, watch, on_step, on_weights)
 
 
 def drop_features(features: Tensor, share: float, generator: torch.Generator) -> None:
@@ -208,9 +206,10 @@ def minimise(
     loss: Callable[[Tensor, torch.Generator], Tensor],
     recipe: Recipe,
     seed: int,
+    watch: StepWatch,
     on_step: Callable[[], None] | None = None,
     on_weights: Callable[[int, Tensor], None] | None = None,
-) -> tuple[Tensor, float]:
+) -> Tensor:
     """Run a recipe's optimiser on weights (..., P).
 
     Args:
@@ -218,11 +217,15 @@ def minimise(
         loss: of the weights; what it draws comes from the generator, one for the whole run.
         recipe: optimiser settings.
         seed: of the generator.
+        watch: judges the losses and the final weights.
         on_step: called after every step.
         on_weights: likewise, with the number of steps done and the weights, which change with the next step.
 
     Returns:
-        the weights, which the caller checks, and the last step's loss.
+        the weights.
+
+    Raises:
+        DivergedError: a loss or the weights are not finite, or the loss exploded.
     """
     flat.requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
@@ -233,11 +236,13 @@ def minimise(
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
+        watch.add(value)
         if on_step is not None:
             on_step()
         if on_weights is not None:
             on_weights(step + 1, flat.detach())
-    return flat.detach(), float(value.detach())
+    watch.check_weights(flat.detach())
+    return flat.detach()
 
 
 def train_in_stacks(

@@ -372,6 +372,12 @@ class TaskSplit:
         return frozenset(task) not in self._unseen_sets and self.held_out.allows(task)
 
     @property
+    def combinations(self) -> frozenset[frozenset[int]]:
+        """The class combinations of all lists."""
+        lists = (self.seen, self.unseen, self.held_out_pairs, self.held_out_classes, self.mixed_classes)
+        return frozenset(frozenset(task) for tasks in lists for task in tasks)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of all lists and of what is held out: equal where they are the same, in the same order."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()

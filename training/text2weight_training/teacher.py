@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from text2weight_training.files import TrainingDataError, atomic_path
+from text2weight_training.files import atomic_path
+from text2weight_training.loss_watch import StepWatch
 from text2weight_training.stacked import RegularisingShare, cosine_decay
 from text2weight_training.tasks import TaskData, TaskSplit
 
@@ -100,7 +101,7 @@ def teacher_answers(
         on_step: called after every step of its training with the share that is done.
 
     Raises:
-        TrainingDataError: its loss is no longer finite.
+        DivergedError: its loss or its weights are not finite, or the loss exploded.
     """
     settings_json = settings.model_dump_json(exclude={"share"})
     origin = json.dumps([data.fingerprint, split.held_out.classes, settings_json, seed])
@@ -137,6 +138,7 @@ def train_teacher(
     spread, mean = torch.std_mean(features, dim=0)  # (d,)
     steps = settings.epochs * math.ceil(len(features) / settings.batch_size)
     generator = torch.Generator().manual_seed(seed)
+    watch = StepWatch("the teacher", "lower fit.teacher.learning_rate", guess=math.log(len(trained)))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         teacher = Teacher(mean, spread.clamp(min=1e-6), len(trained), settings).to(device)
@@ -155,11 +157,11 @@ def train_teacher(
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+                watch.add(loss)
                 step += 1
                 if on_step is not None:
                     on_step(step / steps)
-    if not math.isfinite(float(loss.detach())):
-        raise TrainingDataError("the teacher's loss is not finite: lower fit.teacher.learning_rate")
+    watch.check_weights(torch.cat([parameter.detach().flatten() for parameter in teacher.parameters()]))
     teacher.eval()
     with torch.no_grad():
         rows = [teacher(part.float()) for part in data.train.features.split(ANSWER_ROWS)]

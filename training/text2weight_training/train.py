@@ -8,9 +8,9 @@ from typing import Any
 
 from text2weight.checkpoint import read_config, record_evaluation
 from text2weight_training.evaluate import evaluate, print_table
-from text2weight_training.files import TrainingDataError, claim
+from text2weight_training.files import TrainingDataError, claim, read_kept, write_kept
 from text2weight_training.fit import Fit
-from text2weight_training.presets import Preset
+from text2weight_training.presets import Preset, resume_obstacles
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import build_zoo
 
@@ -76,7 +76,7 @@ def _recorded_evaluation(checkpoint: Path, path: Path) -> dict[str, Any] | None:
 
 def _claim(out: Path, data: TaskData, preset: Preset, minutes: float | None, backbone: Path | None) -> None:
     """Note what this run is made of, or check that an earlier start of it was the same."""
-    description = {
+    description: dict[str, Any] = {
         "data": data.fingerprint,
         "preset": preset.run_description(),
         "minutes": minutes,
@@ -84,6 +84,11 @@ def _claim(out: Path, data: TaskData, preset: Preset, minutes: float | None, bac
         "condition_text": data.condition_fingerprint or None,
     }
     note = out / "run.json"
-    if not note.exists() and (out / "checkpoint").exists():
+    fitted, before = (out / "checkpoint").exists(), read_kept(note).get("preset")
+    if isinstance(before, dict) and not fitted and not resume_obstacles(before, description["preset"]):
+        # What differs, if anything, may change while the fit is unfinished.
+        claim(note, description | {"preset": before}, "run")
+        write_kept(note, description)
+    if fitted and not note.exists():
         raise TrainingDataError(f"{out} holds a checkpoint of another origin: choose another --out")
     claim(note, description, "run")

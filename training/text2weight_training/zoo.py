@@ -178,7 +178,7 @@ def _check_sizes(data: TaskData, preset: Preset) -> None:
 
 def _manifest(data: TaskData, preset: Preset) -> dict[str, Any]:
     zoo = preset.zoo
-    split = draw_split(len(data.classes), zoo, preset.seed)
+    split = draw_split(data.classes, zoo, preset.seed)
     manifest = {
         "format": FORMAT,
         "head": preset.head.model_dump(mode="json"),
@@ -224,7 +224,10 @@ def _shared_heads(data: TaskData, split: TaskSplit, preset: Preset, out: Path) -
         with Progress() as progress:
             for name, recipe in recipes.items():
                 bar = progress.add_task(f"{name} head", total=recipe.steps)
-                heads[name] = universal_head(data, split, preset, recipe, partial(progress.advance, bar))
+                try:
+                    heads[name] = universal_head(data, split, preset, recipe, partial(progress.advance, bar))
+                except TrainingDataError as error:
+                    raise TrainingDataError(f"{name} head: {error} (zoo.{name}.learning_rate)") from error
         _save_tensors(heads, path)
     return _read_tensors(path)
 
@@ -242,7 +245,7 @@ def universal_head(
         on_step: called after every step.
 
     Raises:
-        TrainingDataError: the weights are no longer finite.
+        DivergedError: a loss or the weights are not finite, or the loss exploded.
     """
     everything = [split.held_out.training_classes(len(data.classes))]
     start = initial_head(preset.head, preset.seed)  # (P,)

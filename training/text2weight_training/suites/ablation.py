@@ -25,12 +25,12 @@ from text2weight.condition import condition_on_classes
 from text2weight.generator import Generator
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
-from text2weight_training.files import TrainingDataError, claim
+from text2weight_training.files import TrainingDataError, claim, read_kept, write_kept
 from text2weight_training.fit import Fit
 from text2weight_training.loss_watch import DivergedError
 from text2weight_training.presets import Preset
 from text2weight_training.suites.accuracy import SPLITS
-from text2weight_training.suites.base import SuiteRun, Task, method_name, read_kept, task_accuracy, write_kept
+from text2weight_training.suites.base import SuiteRun, Task, method_name, task_accuracy
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.settings import SamplerSteps, VariantName
 from text2weight_training.suites.tables import markdown_table, percent, points

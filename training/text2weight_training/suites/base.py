@@ -5,7 +5,6 @@ Letters: M tasks, J heads, N test features of a task, K its classes, P numbers i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from text2weight.generator import Generator
-from text2weight_training.files import TrainingDataError, atomic_path
+from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import Preset
 from text2weight_training.stacked import HeadRecipe, stacked_logits, train_in_stacks
 from text2weight_training.tasks import TaskData
@@ -85,21 +84,6 @@ def regularised(preset: Preset, recipe: HeadRecipe) -> HeadRecipe:
 def plain(recipe: HeadRecipe) -> HeadRecipe:
     """A recipe without label smoothing and feature dropout, which some presets' own recipes have."""
     return recipe.model_copy(update={"label_smoothing": 0.0, "feature_dropout": 0.0})
-
-
-def read_kept(path: Path) -> dict[str, Any]:
-    """A JSON file's content; empty where it is not there or damaged, for what can be made again."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def write_kept(path: Path, content: dict[str, Any]) -> None:
-    """Write what `read_kept` reads, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
 
 
 def train_heads(

@@ -100,7 +100,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
 
 
 def draw_pairs(run: SuiteRun, count: int, size: int) -> list[Pair]:
-    """Draw pairs of disjoint tasks; neither they nor their unions are tasks that the zoo has heads of.
+    """Draw pairs of disjoint tasks; neither they nor their unions are tasks of the zoo, to train on or to evaluate.
 
     Raises:
         TrainingDataError: too few classes, or too few such pairs.
@@ -111,7 +111,7 @@ def draw_pairs(run: SuiteRun, count: int, size: int) -> list[Pair]:
             f"suites.fuse.task_size is {size}: two disjoint tasks need {2 * size} classes, the data has {classes}"
         )
     generator = torch.Generator().manual_seed(run.preset.seed)
-    seen = {frozenset(task) for task in run.zoo.split.seen}
+    taken = run.zoo.split.combinations
     pairs: dict[frozenset[frozenset[int]], Pair] = {}
     for _ in range(20 * count):
         if len(pairs) == count:
@@ -119,12 +119,12 @@ def draw_pairs(run: SuiteRun, count: int, size: int) -> list[Pair]:
         order = torch.randperm(classes, generator=generator).tolist()
         pair = Pair(tuple(order[:size]), tuple(order[size : 2 * size]))
         parts = [frozenset(pair.first), frozenset(pair.second)]
-        if not seen & {*parts, frozenset(pair.joint)}:
+        if not taken & {*parts, frozenset(pair.joint)}:
             pairs.setdefault(frozenset(parts), pair)
     if len(pairs) < count:
         raise TrainingDataError(
             f"suites.fuse.pairs is {count}: only {len(pairs)} pairs of disjoint tasks of {size} of {classes} classes "
-            f"were found that the zoo has no heads of; ask for fewer"
+            f"were found that are no tasks of the zoo; ask for fewer"
         )
     return list(pairs.values())
 

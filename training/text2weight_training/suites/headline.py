@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import default_method, generate_heads
-from text2weight_training.files import TrainingDataError
+from text2weight_training.files import TrainingDataError, read_kept, write_kept
 from text2weight_training.splits import draw_fresh_tasks
 from text2weight_training.stacked import HeadRecipe
 from text2weight_training.suites.base import (
@@ -33,10 +33,8 @@ from text2weight_training.suites.base import (
     method_name,
     own_accuracy,
     plain,
-    read_kept,
     regularised,
     train_heads,
-    write_kept,
 )
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.tables import markdown_table, percent

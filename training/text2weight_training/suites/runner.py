@@ -11,10 +11,10 @@ from typing import Any
 
 from text2weight.generator import created_by
 from text2weight_training.evaluate import load_generator
-from text2weight_training.files import atomic_path
+from text2weight_training.files import atomic_path, read_kept
 from text2weight_training.presets import Preset
 from text2weight_training.suites import choose_suites, load_suite
-from text2weight_training.suites.base import SuiteRun, read_kept
+from text2weight_training.suites.base import SuiteRun
 from text2weight_training.suites.settings import SuitesSettings
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo, check_zoo_fits

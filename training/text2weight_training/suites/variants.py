@@ -138,9 +138,10 @@ def _permuted_units(preset: Preset) -> Made:
     on = preset.fit.permute_units
     if on:
         return _turned(on, "permuted units", {"fit": {"permute_units": False}})
-    # A permutation is a symmetry of min-max scaling alone, and contradicts names of units.
-    legal = {"fit": {"permute_units": True}, "scaling": "min_max", "denoiser": {"unit_identity": False}}
-    return "with permuted units (min-max, no names of units)", legal
+    # A permutation is a symmetry of min-max scaling alone. Unit tokens either have names, which it contradicts, or obey
+    # it by construction, where it has nothing to teach: only of chunk tokens is there something to measure.
+    legal = {"fit": {"permute_units": True}, "scaling": "min_max", "denoiser": {"tokens": "chunk"}}
+    return "with permuted units (min-max, chunk tokens)", legal
 
 
 def _scaling(preset: Preset) -> Made:
