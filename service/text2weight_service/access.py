@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from text2weight_service.auth import KeyRing, bearer_secret
 from text2weight_service.metrics import Metrics
 from text2weight_service.problems import Kind, ProblemError, problem_response
-from text2weight_service.rate_limits import ConcurrencyLimiter, RateLimiter
+from text2weight_service.rate_limits import ConcurrencyLimiter, RateLimiter, SharedCounts
+from text2weight_service.redis_budget import request_budget
 from text2weight_service.settings import Settings
 
 # Names of clients without a key in metrics; no key can have them, since key names have no brackets.
@@ -22,6 +23,8 @@ _RESULTS = ("accepted", "rate-limited", "busy")
 # An IPv6 customer has at least a /64, whose addresses cost nothing.
 _IPV6_PREFIX = 64
 _BUSY_RETRY_AFTER_S = 1
+# For what no time limit sees, such as an event loop that was held up.
+_LEASE_MARGIN_S = 10.0
 
 
 def is_open(path: str) -> bool:
@@ -42,13 +45,16 @@ class AccessControl:
         self.requests = metrics.client_requests
         self.keys = KeyRing(keys, settings.api_keys_file, self._forget)
         self.public_metrics = settings.public_metrics
+        self.redis_timeout_s = settings.redis_timeout_s
+        self._counts: SharedCounts | None = None
+        if settings.redis_url is not None and (settings.rate_limit or settings.max_concurrent_per_key):
+            self._counts = SharedCounts(settings.redis_url.get_secret_value(), settings.redis_timeout_s, metrics)
         self.concurrency: ConcurrencyLimiter | None = None
         if settings.max_concurrent_per_key is not None:
-            self.concurrency = ConcurrencyLimiter(settings.max_concurrent_per_key)
-        self.rate: RateLimiter | None = None
-        if settings.rate_limit is not None:
-            url = settings.redis_url.get_secret_value() if settings.redis_url is not None else None
-            self.rate = RateLimiter(settings.rate_limit, url, settings.redis_timeout_s, metrics)
+            # A body, a computation and a stream all end by the request's time limit; then the answer must be read.
+            lease_s = settings.request_timeout_s + settings.send_timeout_s + _LEASE_MARGIN_S
+            self.concurrency = ConcurrencyLimiter(settings.max_concurrent_per_key, self._counts, lease_s)
+        self.rate = RateLimiter(settings.rate_limit, self._counts) if settings.rate_limit is not None else None
 
     def _forget(self, name: str) -> None:
         """Drop the metrics of a client whose last key is gone."""
@@ -56,9 +62,11 @@ class AccessControl:
             self.requests.remove(name, result)
 
     async def close(self) -> None:
-        """Close the connections to Redis."""
-        if self.rate is not None:
-            await self.rate.close()
+        """Give the last places back and close the connections to Redis."""
+        if self.concurrency is not None:
+            await self.concurrency.close()
+        if self._counts is not None:
+            await self._counts.close()
 
 
 class AccessMiddleware:
@@ -77,7 +85,8 @@ class AccessMiddleware:
         if scope["type"] != "http" or is_open(path) or (path == "/metrics" and self._access.public_metrics):
             await self._app(scope, receive, send)
             return
-        with ExitStack() as held:
+        async with AsyncExitStack() as held:
+            held.enter_context(request_budget(self._access.redis_timeout_s))
             try:
                 await self._admit(scope, held)
             except ProblemError as problem:
@@ -85,14 +94,16 @@ class AccessMiddleware:
                 return
             await self._app(scope, receive, send)
 
-    async def _admit(self, scope: Scope, held: ExitStack) -> None:
+    async def _admit(self, scope: Scope, held: AsyncExitStack) -> None:
         """Find out who calls and take a place; `held` gives it back."""
         access = self._access
         name, client = self._identify(scope)
         scope["state"]["client"] = name
-        if access.concurrency is not None and not held.enter_context(access.concurrency.place(client)):
-            access.requests.labels(name, "busy").inc()
-            raise _rate_limited("too many requests of this client are running", _BUSY_RETRY_AFTER_S)
+        if access.concurrency is not None:
+            place = await held.enter_async_context(access.concurrency.place(client))
+            if not place:
+                access.requests.labels(name, "busy").inc()
+                raise _rate_limited("too many requests of this client are running", _BUSY_RETRY_AFTER_S)
         wait_s = await access.rate.hit(client) if access.rate is not None else None
         if wait_s is not None:
             access.requests.labels(name, "rate-limited").inc()

@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from text2weight_service.metrics import Metrics
+from text2weight_service.redis_budget import budget_is_over, task_without_budget, wait_within_budget
 from text2weight_service.redis_store import RedisStore
 
 _NORM_TOLERANCE = 1e-3
@@ -103,22 +104,23 @@ class EmbeddingCache:
     async def lookup(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The known ones among the prompts, each (D,).
 
-        Requests that ask for the same prompt at the same time share one question to Redis.
+        Requests that ask for the same prompt at the same time share one question to Redis; each of them waits for the
+        answer as long as its own budget allows.
         """
         found = self._memory.get(prompts)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         self._lookups.labels("memory", "hit").inc(len(found))
         self._lookups.labels("memory", "miss").inc(len(unknown))
-        if self._shared is None or not unknown:
+        if self._shared is None or not unknown or budget_is_over():
             return found
         nobody_asked = [prompt for prompt in unknown if prompt not in self._in_flight]
         if nobody_asked:
-            # A task of its own: the others still want the answer when the request that asked first is cancelled.
-            task = asyncio.create_task(self._fetch(self._shared, nobody_asked))
+            # A task of its own: the others still want the answer when the request that asked first is gone.
+            task = task_without_budget(self._fetch(self._shared, nobody_asked))
             self._in_flight.update(dict.fromkeys(nobody_asked, task))
         tasks = {self._in_flight[prompt] for prompt in unknown}
-        await asyncio.wait(tasks)
-        answers = {prompt: row for task in tasks for prompt, row in task.result().items()}
+        await wait_within_budget(tasks)
+        answers = {prompt: row for task in tasks if task.done() for prompt, row in task.result().items()}
         return found | {prompt: answers[prompt] for prompt in unknown if prompt in answers}
 
     async def _fetch(self, shared: SharedEmbeddings, prompts: Sequence[str]) -> dict[str, Tensor]:

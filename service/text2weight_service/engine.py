@@ -25,6 +25,7 @@ from text2weight_service.ladder import Shape
 from text2weight_service.memory import FreedMemory
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model, load_model
+from text2weight_service.redis_budget import task_without_budget
 from text2weight_service.redis_store import RedisStore
 from text2weight_service.settings import Settings
 from text2weight_service.text_stage import TextStage
@@ -338,7 +339,7 @@ class Engine:
             raise DeadlineError from None
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
+        task = task_without_budget(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from text2weight_service.metrics import Metrics
+from text2weight_service.redis_budget import RequestBudget, current_budget, share_budget
 from text2weight_service.work_queue import Generated, WorkItem
 
 
@@ -20,12 +21,14 @@ class Flight:
         item: the computation, once it is queued.
         waiting: how many wait.
         task: resolves with the result.
+        budget: its time for Redis, that of the request which started it.
     """
 
     deadline: float
     item: WorkItem | None = None
     waiting: int = 0
     task: asyncio.Task[Generated] | None = None
+    budget: RequestBudget | None = field(default_factory=current_budget)
 
     def extend(self, deadline: float) -> None:
         """Go on until this deadline at least."""
@@ -66,6 +69,7 @@ class Flights:
             flight.task.add_done_callback(lambda task: self._landed(key, task))
         else:
             self._metrics.joined.inc()
+            share_budget(flight.budget)
         assert flight.task is not None
         flight.extend(deadline)
         flight.waiting += 1

@@ -61,7 +61,7 @@ class Metrics:
         )
         self.redis_breaker = Gauge(
             "t2w_redis_breaker_state",
-            "Whether Redis is called, by operation (read, write, limit): 0 yes, 1 a single probe, 2 no.",
+            "Whether Redis is called, by operation (read, write, limit, release): 0 yes, 1 a single probe, 2 no.",
             ["operation"],
             registry=registry,
         )

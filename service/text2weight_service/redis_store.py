@@ -1,8 +1,9 @@
 """Bytes in Redis, shared by all workers. Redis may only save time: whatever is wrong with it, nobody waits for it.
 
-Every call has one time budget, for connecting, sending and reading together. A call that fails opens a circuit
-breaker; while that is open, calls return at once, and after a growing pause a single call probes whether Redis is
-well again. Reads and writes have breakers of their own, because a full Redis still answers reads.
+Every call has a time limit, for connecting, sending and reading together, and all calls that one request waits for
+have a budget together (`redis_budget`). A call that fails opens a circuit breaker; while that is open, calls return at
+once, and after a growing pause a single call probes whether Redis is well again. Reads and writes have breakers of
+their own, because a full Redis still answers reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.maint_notifications import MaintNotificationsConfig
 
 from text2weight_service.metrics import Metrics
+from text2weight_service.redis_budget import budget_is_over, current_budget, wait_within_budget
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +51,7 @@ class CircuitBreaker:
 
         Args:
             operation: what is called; label of the metrics and of log lines, from a fixed list.
-            timeout_s: budget of one call, its wait for a slot included.
+            timeout_s: limit of one call, its wait for a slot included.
             metrics: where state and failures are counted.
             slots: most calls at a time.
         """
@@ -63,17 +65,40 @@ class CircuitBreaker:
         self._slots = asyncio.Semaphore(slots)
         self._pause_s = FIRST_PAUSE_S
         self._probe_at = 0.0
+        self._calls: set[asyncio.Task[object]] = set()
 
     async def call(self, work: Callable[[], Awaitable[T]], otherwise: T) -> T:
-        """Await `work()` within the budget.
+        """Await `work()` within its time limit and within what is left of the request's budget.
+
+        Where less is left than the limit, the request leaves the call and the call goes on: it is the limit that tells
+        whether Redis is too slow, and cutting the call would cost its connection.
 
         Returns:
             what `work` returns; `otherwise` where it raises, takes too long, or is not called because the
-            breaker is open.
+            breaker is open or the budget is spent.
         """
-        if self.state is BreakerState.HALF_OPEN or (
+        if self._shut or budget_is_over():
+            return otherwise
+        if current_budget() is None:
+            return await self._call(work, otherwise)
+        task = asyncio.create_task(self._call(work, otherwise))
+        self._calls.add(task)  # the event loop itself would forget it
+        task.add_done_callback(self._calls.discard)
+        try:
+            await wait_within_budget((task,))
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        return task.result() if task.done() else otherwise
+
+    @property
+    def _shut(self) -> bool:
+        return self.state is BreakerState.HALF_OPEN or (
             self.state is BreakerState.OPEN and time.monotonic() < self._probe_at
-        ):
+        )
+
+    async def _call(self, work: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        if self._shut:  # since the task began
             return otherwise
         probing = self.state is BreakerState.OPEN
         if probing:

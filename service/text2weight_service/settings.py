@@ -52,9 +52,9 @@ class Settings(BaseSettings):
     head_ttl_s: int = Field(default=86_400, ge=1, description="life of a finished head in Redis")
     embedding_cache_size: int = Field(default=20_000, ge=1, description="text embeddings kept in this process")
     redis_url: SecretStr | None = Field(
-        default=None, description="Redis shared by workers as embedding cache; unset: none"
+        default=None, description="Redis shared by workers: embeddings, heads, counts of limits; unset: none"
     )
-    redis_timeout_s: float = Field(default=0.05, gt=0, description="longest wait for Redis before it counts as a miss")
+    redis_timeout_s: float = Field(default=0.05, gt=0, description="longest wait of a request for Redis, altogether")
     embedding_ttl_s: int = Field(default=604_800, ge=1, description="life of an embedding in Redis")
 
     api_keys: SecretStr | None = Field(
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
         description='requests per client over time, such as "600/minute"; more get 429; unset: no limit',
     )
     max_concurrent_per_key: int | None = Field(
-        default=None, ge=1, description="requests of one client at once in this worker; more get 429; unset: no limit"
+        default=None, ge=1, description="requests of one client at once; more get 429; unset: no limit"
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severe log line")

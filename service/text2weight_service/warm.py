@@ -15,10 +15,12 @@ from torch import Tensor
 from text2weight.condition import normalise_class_names, plain_name
 from text2weight.errors import InvalidInputError, Text2WeightError
 from text2weight.text_encoder import read_embedding_table
+from text2weight_service.call_watch import CallWatch
 from text2weight_service.embedding_cache import SharedEmbeddings
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
 from text2weight_service.redis_store import BreakerState, RedisStore
+from text2weight_service.text_stage import encode_texts
 
 _CHUNK = 256
 # Here nobody waits, and a Redis that is merely slow shall be filled all the same.
@@ -75,9 +77,10 @@ def names_source(model: Model, file: Path) -> Source:
 
     def encode(prompts: Sequence[str]) -> Tensor:
         try:
-            return model.text_encoder.encode(prompts)  # (n, D)
+            rows = encode_texts(model.text_encoder, prompts, CallWatch())  # bit for bit what a worker computes
         except Text2WeightError as error:
             raise WarmError(str(error)) from None
+        return torch.stack([rows[prompt] for prompt in prompts])  # (n, D)
 
     return Source(tuple(dict.fromkeys(model.prompts(names))), encode)
 

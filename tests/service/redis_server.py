@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,11 +79,15 @@ class RedisServer:
 
 
 class SlowRedis:
-    """Stands between a worker and a server, holds every answer back for `delay_s` and counts those in `delayed`."""
+    """Stands between a worker and a server, holds every answer back for `delay_s` and counts those in `delayed`.
+
+    None is held any longer once `let_go` is set.
+    """
 
     def __init__(self, port: int) -> None:
         self.delay_s = 0.0
         self.delayed = 0
+        self.let_go = threading.Event()
         self._port = port
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self.listener.getsockname()[1]}/0"
@@ -102,7 +105,7 @@ class SlowRedis:
         with suppress(OSError), source, sink:
             while data := source.recv(65536):
                 if is_answer and self.delay_s:
-                    time.sleep(self.delay_s)
+                    self.let_go.wait(self.delay_s)
                     self.delayed += 1
                 sink.sendall(data)
 

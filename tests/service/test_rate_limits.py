@@ -17,14 +17,17 @@ from tests.service.live import Live, serve, wait_for
 from tests.service.redis_server import RedisServer, SlowRedis, needs_redis, redis_server
 from tests.service.test_auth import ALICE, ALICE_ENTRY, BOB, BOB_ENTRY, bearer
 from tests.service.test_bad_input import assert_problem
-from text2weight_service import redis_store
+from text2weight_service import access, redis_store
 from text2weight_service.access import _network
 from text2weight_service.metrics import Metrics
-from text2weight_service.rate_limits import RateLimiter
+from text2weight_service.rate_limits import RateLimiter, SharedCounts
+from text2weight_service.redis_budget import request_budget
 from text2weight_service.redis_store import BreakerState
 
 # So long that no window can end within a test, and so that 5 requests never fill it by chance.
 LIMIT = "5/day"
+# Limits that no test of Redis reaches.
+LIMITED = {"rate_limit": "1000/minute", "max_concurrent_per_key": 1000}
 
 
 @pytest.fixture
@@ -95,14 +98,13 @@ def test_places_are_given_back(model: FakeModel) -> None:
 
 
 async def test_concurrent_hits_in_memory() -> None:
-    limiter = RateLimiter(LIMIT, None, 1, Metrics())
+    limiter = RateLimiter(LIMIT, None)
     results = await asyncio.gather(*(limiter.hit("key:alice") for _ in range(200)))
     assert results.count(None) == 5
-    await limiter.close()
 
 
 async def test_retry_after_is_long_enough() -> None:
-    limiter = RateLimiter("2/second", None, 1, Metrics())
+    limiter = RateLimiter("2/second", None)
     while (wait_s := await limiter.hit("a")) is None:
         pass
     assert wait_s == 1
@@ -113,13 +115,14 @@ async def test_retry_after_is_long_enough() -> None:
 @needs_redis
 async def test_workers_count_together(server: RedisServer) -> None:
     metrics = Metrics()
-    limiters = [RateLimiter(LIMIT, server.url, 10, metrics) for _ in range(3)]
+    workers = [SharedCounts(server.url, PATIENCE_S, metrics) for _ in range(3)]
+    limiters = [RateLimiter(LIMIT, counts) for counts in workers]
     results = await asyncio.gather(*(limiter.hit("key:alice") for limiter in limiters for _ in range(20)))
     assert results.count(None) == 5
     assert all(result is None or 1 <= result <= 86_400 for result in results)
     assert await limiters[0].hit("key:bob") is None
-    for limiter in limiters:
-        await limiter.close()
+    for counts in workers:
+        await counts.close()
     with server.connected() as client:
         assert all(key.startswith(b"t2w:limit:") and client.ttl(key) > 0 for key in client.scan_iter())
 
@@ -130,9 +133,10 @@ async def test_without_redis_each_worker_counts(server: RedisServer, monkeypatch
     monkeypatch.setattr(redis_store, "FIRST_PAUSE_S", HELD_S)  # no probe within the test
     for broken in (server.stop, server.pause, server.fill):
         metrics = Metrics()
-        limiter = RateLimiter(LIMIT, server.url, PATIENCE_S, metrics)
+        counts = SharedCounts(server.url, PATIENCE_S, metrics)
+        limiter = RateLimiter(LIMIT, counts)
         assert await limiter.hit("key:warm") is None
-        limiter._breaker._timeout_s = 0.2
+        counts.counts._timeout_s = 0.2
         broken()
         try:
             results = [await limiter.hit("key:alice") for _ in range(20)]
@@ -143,7 +147,7 @@ async def test_without_redis_each_worker_counts(server: RedisServer, monkeypatch
             server.resume() if broken == server.pause else server.stop()
             if broken == server.stop:
                 server.start()
-            await limiter.close()
+            await counts.close()
 
 
 @needs_redis
@@ -155,9 +159,9 @@ def test_requests_with_a_broken_redis(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Rate limit, embeddings and heads together: no request fails, and Redis costs one budget for each use at most."""
+    """Limits, embeddings and heads together: no request fails, and few of them find out that Redis does."""
     monkeypatch.setattr(redis_store, "FIRST_PAUSE_S", HELD_S)  # no probe within the test
-    settings = {"redis_url": server.url, "redis_timeout_s": 1.0, "rate_limit": "1000/minute"}
+    settings = LIMITED | {"redis_url": server.url, "redis_timeout_s": 1.0}
     with serve(lambda _: model, **settings) as live:
         assert live.generate("apple", "bus").status_code == 200
         getattr(server, fault)()
@@ -173,20 +177,60 @@ def test_requests_with_a_broken_redis(
     assert len(opened) == len(set(opened))
 
 
+@pytest.fixture
+def slow(server: RedisServer) -> Iterator[SlowRedis]:
+    between = SlowRedis(server.port)
+    with closing(between.listener):
+        yield between
+
+
+def asked(server: RedisServer) -> dict[str, int]:
+    """What Redis was asked since its statistics were reset: scripts of the limits, heads and embeddings."""
+    with server.connected() as client:
+        statistics = client.info("commandstats")
+    names = ("evalsha", "mget")
+    return {name: stat["calls"] for name in names if (stat := statistics.get(f"cmdstat_{name}"))}
+
+
 @needs_redis
-def test_requests_with_a_slow_redis(server: RedisServer, model: FakeModel) -> None:
-    """A request waits for Redis three times, for limit, head and embeddings, and no more."""
-    delay_s = 1.0
-    slow = SlowRedis(server.port)
-    settings = {"redis_url": slow.url, "redis_timeout_s": PATIENCE_S, "rate_limit": "1000/minute"}
-    with closing(slow.listener), serve(lambda _: model, **settings) as live:
+def test_requests_with_a_slow_redis(server: RedisServer, slow: SlowRedis, model: FakeModel) -> None:
+    """A request waits for Redis four times, for its place, its rate, its head and its embeddings, and no more."""
+    delay_s = 0.5
+    settings = LIMITED | {"redis_url": slow.url, "redis_timeout_s": PATIENCE_S}
+    with serve(lambda _: model, **settings) as live:
         assert live.generate("apple", "bus", seed=1).status_code == 200  # connects
-        wait_for(lambda: server.keys() >= 4, "the head, its embeddings and the count in Redis")
+        wait_for(lambda: server.keys() == 4, "the head, its embeddings and the count in Redis, and no place")
         slow.delay_s, slow.delayed = delay_s, 0
         started_at = time.monotonic()
         assert live.generate("tram", "pear", seed=1).status_code == 200
-        assert slow.delayed == 3
-        assert time.monotonic() - started_at >= 3 * delay_s
+        assert slow.delayed == 4
+        assert time.monotonic() - started_at >= 4 * delay_s
         slow.delay_s = 0
-        for operation in ("limit", "read"):
-            assert live.metric("t2w_redis_breaker_state", operation=operation) == BreakerState.CLOSED.value
+        assert breakers(live) == [BreakerState.CLOSED] * 4
+
+
+@needs_redis
+def test_a_request_has_one_budget(
+    server: RedisServer, slow: SlowRedis, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first call takes all of it, the request makes no other; and that is no failure of Redis."""
+    settings = LIMITED | {"redis_url": slow.url, "redis_timeout_s": PATIENCE_S}
+    with serve(lambda _: model, **settings) as live:
+        assert live.generate("apple", "bus", seed=1).status_code == 200  # connects
+        wait_for(lambda: server.keys() == 4, "the head, its embeddings and the count in Redis, and no place")
+        # Of the request alone: its calls go on, and a breaker would open only after the patient time.
+        monkeypatch.setattr(access, "request_budget", lambda _: request_budget(0.2))
+        with server.connected() as client:
+            client.config_resetstat()
+        slow.delay_s = HELD_S
+        try:
+            assert live.generate("tram", "pear", seed=1).status_code == 200
+            assert asked(server) == {"evalsha": 1}
+            assert breakers(live) == [BreakerState.CLOSED] * 4
+        finally:
+            slow.let_go.set()
+
+
+def breakers(live: Live) -> list[BreakerState]:
+    operations = ("limit", "release", "read", "write")
+    return [BreakerState(live.metric("t2w_redis_breaker_state", operation=name)) for name in operations]

@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tests.patience import PATIENCE_S
-from tests.service.fakes import FakeModel, unit_vector
-from tests.service.live import serve
+from tests.service.fakes import FakeModel, FakeTextEncoder, unit_vector
+from tests.service.live import serve, wait_for
 from tests.service.redis_server import RedisServer, needs_redis
 from tests.service.tiny import NAMES, write_tiny_checkpoint
 from text2weight.text_encoder import EmbeddingTable, write_embedding_tables
@@ -55,6 +55,37 @@ def test_names(server: RedisServer, model: FakeModel, tmp_path: Path) -> None:
     with serve(lambda _: other, redis_url=server.url, redis_timeout_s=PATIENCE_S) as live:
         assert live.generate("class 1", "class_7", "cafe\u0301").status_code == 200
     assert set(other.text_encoder.encoded) <= {"a cat", "a dog"}  # the warm-up
+
+
+class SizedTextEncoder(FakeTextEncoder):
+    """Its last bits depend on how many texts a call has, as those of real ones do."""
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        return super().encode(texts) + 1e-6 * len(texts)
+
+
+@needs_redis
+def test_names_get_the_bits_that_workers_compute(server: RedisServer, tmp_path: Path) -> None:
+    """Of 11 names, which fill no whole number of calls, and which a worker meets in another order and company."""
+    model = FakeModel()
+    model.text_encoder = SizedTextEncoder()
+    names = CLASSES[:11]
+    with serve(lambda _: model, redis_url=server.url, redis_timeout_s=PATIENCE_S) as live:
+        for some in (names[9:], names[4:9], names[:4]):
+            assert live.generate(*some).status_code == 200
+        wait_for(lambda: len(embeddings(server)) == 11, "the embeddings in Redis")
+    computed = embeddings(server)
+    with server.connected() as client:
+        client.flushall()
+    file = tmp_path / "names.txt"
+    file.write_text("\n".join(names))
+    assert fill(server, model, names_source(model, file)) == (0, 11)
+    assert embeddings(server) == computed
+
+
+def embeddings(server: RedisServer) -> dict[bytes, bytes | None]:
+    with server.connected() as client:
+        return {key: client.get(key) for key in client.scan_iter("t2w:embedding:*")}
 
 
 @needs_redis
