@@ -141,7 +141,7 @@ def test_baselines_read_the_condition(toy: Toy, tmp_path: Path) -> None:
 def test_a_run_does_not_go_on_with_other_texts(toy: Toy, tmp_path: Path) -> None:
     data = load_with(toy, tmp_path, described())
     Fit(data, toy.zoo, toy.preset, tmp_path / "state.pt", "cpu").save()
-    with pytest.raises(TrainingDataError, match="another preset, other data or condition texts"):
+    with pytest.raises(TrainingDataError, match="belongs to a fit with other condition texts"):
         Fit(toy.data, toy.zoo, toy.preset, tmp_path / "state.pt", "cpu").resume()
     assert Fit(data, toy.zoo, toy.preset, tmp_path / "state.pt", "cpu").resume()
 
