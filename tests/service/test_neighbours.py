@@ -133,7 +133,9 @@ def test_in_calls_of_any_size_only_the_last_bits_do(
 ) -> None:
     jobs = jobs_of(asked)
     for (_, one), head in zip(jobs, ask_all(served, jobs, ANY_SIZE), strict=True):
-        assert_close(read_head(head), alone(generator, one, 1), atol=1e-5, rtol=1e-5)
+        # A guided step weighs two estimates by up to 2.5 and -1.5, and with them their last bits.
+        last_bits = 1e-5 if one.guidance_scale == 1 else 5e-5
+        assert_close(read_head(head), alone(generator, one, 1), atol=last_bits, rtol=1e-5)
 
 
 def test_the_bundled_model_keeps_to_it() -> None:
