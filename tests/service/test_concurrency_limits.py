@@ -1,7 +1,7 @@
 """Requests of one client at once: over several workers through Redis, and where a worker or Redis fails."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.patience import HELD_S, PATIENCE_S
+from tests.service.engines import until
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
 from tests.service.redis_server import RedisServer, needs_redis
@@ -43,10 +44,6 @@ async def taken(limiter: ConcurrencyLimiter, held: AsyncExitStack, times: int = 
 async def free(limiter: ConcurrencyLimiter) -> bool:
     async with limiter.place("key:alice") as place:
         return place
-
-
-async def until(condition: Callable[[], bool], what: str) -> None:
-    await asyncio.to_thread(wait_for, condition, what)
 
 
 def leases(server: RedisServer) -> int:

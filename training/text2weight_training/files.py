@@ -53,8 +53,7 @@ def claim(path: Path, description: dict[str, Any], what: str) -> None:
         TrainingDataError: the note is damaged or says something else.
     """
     if not path.exists():
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(description) + "\n")
+        write_kept(path, description)
         return
     try:
         there = json.loads(path.read_text())

@@ -85,10 +85,10 @@ def _claim(out: Path, data: TaskData, preset: Preset, minutes: float | None, bac
     }
     note = out / "run.json"
     fitted, before = (out / "checkpoint").exists(), read_kept(note).get("preset")
-    if isinstance(before, dict) and not fitted and not resume_obstacles(before, description["preset"]):
-        # What differs, if anything, may change while the fit is unfinished.
-        claim(note, description | {"preset": before}, "run")
-        write_kept(note, description)
     if fitted and not note.exists():
         raise TrainingDataError(f"{out} holds a checkpoint of another origin: choose another --out")
-    claim(note, description, "run")
+    if fitted or not isinstance(before, dict) or resume_obstacles(before, description["preset"]):
+        claim(note, description, "run")
+    else:  # what differs, if anything, may change while the fit is unfinished
+        claim(note, description | {"preset": before}, "run")
+        write_kept(note, description)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from text2weight_training.distributed import run_jobs
 from text2weight_training.files import TrainingDataError, atomic_path
+from text2weight_training.loss_watch import DivergedError
 from text2weight_training.presets import Preset
 from text2weight_training.splits import draw_split
 from text2weight_training.stacked import HeadRecipe, heads_accuracy, initial_head, train_stack
@@ -226,8 +227,8 @@ def _shared_heads(data: TaskData, split: TaskSplit, preset: Preset, out: Path) -
                 bar = progress.add_task(f"{name} head", total=recipe.steps)
                 try:
                     heads[name] = universal_head(data, split, preset, recipe, partial(progress.advance, bar))
-                except TrainingDataError as error:
-                    raise TrainingDataError(f"{name} head: {error} (zoo.{name}.learning_rate)") from error
+                except DivergedError as error:
+                    raise DivergedError(f"{name} head: {error} (zoo.{name}.learning_rate)") from error
         _save_tensors(heads, path)
     return _read_tensors(path)
 

@@ -150,14 +150,13 @@ def draw_tasks(run: SuiteRun) -> tuple[list[Task], list[Task]]:
     settings, zoo = run.preset.suites.headline, run.preset.zoo
     wanted = settings.tuning_tasks + settings.tasks
     generator = torch.Generator().manual_seed(run.preset.seed + FRESH_STREAM)
-    seen = {frozenset(task) for task in run.zoo.split.seen}
+    taken = run.zoo.split.combinations
     drawn: dict[frozenset[int], Task] = {}
     for _ in range(20):
-        # It leaves out the unseen tasks and what is held out.
         rows = draw_fresh_tasks(run.zoo.split, len(run.data.classes), wanted, zoo.task_size, generator)
         for row in rows.tolist():
             task = tuple(label for label in row if label >= 0)
-            if frozenset(task) not in seen:
+            if frozenset(task) not in taken:
                 drawn.setdefault(frozenset(task), task)
         if len(drawn) >= wanted:
             tasks = list(drawn.values())[:wanted]
