@@ -1,7 +1,8 @@
-"""Two replicas on this machine behind one address; one is killed while clients ask.
+"""The service under Ray Serve on this machine: one replica, more under load, one of them killed, fewer when it is over.
 
-Prints JSON: how long the replicas took to be ready, requests sent and answered by each, how many a client had to
-send again, and how many were lost. No request may be lost. Run it with: python -m bench.ray_replicas
+All replicas share one Redis. Prints JSON: when each replica took requests, what became of the requests, how many heads
+were computed anew when all were asked for once more (none should), and how long after the load the surplus replicas
+were gone. Run it with: python -m bench.ray_replicas
 """
 
 from __future__ import annotations
@@ -9,117 +10,213 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import signal
-import socket
+import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 import psutil
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from rich.console import Console
 
-from text2weight_client import APIConnectionError, Client, ServerError
+from bench.fault_scene import RedisProcess
+from demo.service_process import free_port
+from text2weight_client import Client, Text2WeightClientError
 from text2weight_service.ray_app import Scale, build
 
-ATTEMPTS = 5
+# A metric's name and the values of its labels.
+Series = tuple[str, ...]
+HEADS: Series = ("t2w_heads_generated_total",)
+STARTED: Series = ("process_start_time_seconds",)
+REPEATS: dict[str, Series] = {
+    "computed_anew": HEADS,
+    "found_in_memory": ("t2w_head_cache_lookups_total", "hit", "memory"),
+    "found_in_redis": ("t2w_head_cache_lookups_total", "hit", "redis"),
+}
+
+NICENESS = "RAY_worker_niceness"
+POLL_S = 0.2
+# Ray hears of the load every 10 s and averages it over 30 s; a replica that it adds has a model to load.
+PHASE_S = 300.0
+METRICS_S = 30.0
+# Each replica takes few requests at once, so that a few callers are a load that asks for more replicas.
+BATCH = 4
+STEPS = 20
+MAX_RETRIES = 8
 
 
-def main() -> None:
+@dataclass
+class Load:
+    """Callers that ask for one head after the other until they are stopped.
+
+    Attributes:
+        answered: seeds whose head came.
+        lost: errors that clients were left with after their retries.
+    """
+
+    url: str
+    names: list[str]
+    answered: list[int] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    @contextmanager
+    def running(self, callers: int) -> Iterator[None]:
+        """As many callers as asked for, each with seeds of its own, for as long as the block lasts."""
+        with ThreadPoolExecutor(callers) as pool:
+            asking = [pool.submit(self._ask_on, range(first, sys.maxsize, callers)) for first in range(callers)]
+            try:
+                yield
+            finally:
+                self._stopped.set()
+            for caller in asking:
+                caller.result()
+
+    def _ask_on(self, seeds: range) -> None:
+        for seed in seeds:
+            if self._stopped.is_set():
+                return
+            self.ask(seed)
+
+    def ask(self, seed: int) -> None:
+        # A client for each request: over a kept connection all would reach one replica.
+        with Client(self.url, max_retries=MAX_RETRIES) as client:
+            try:
+                client.generate(self.names, seed=seed, sampler="ddim", steps=STEPS)
+                self.answered.append(seed)
+            except Text2WeightClientError as error:
+                self.lost.append(str(error))
+
+
+def main() -> int:
+    """Measure and print; returns the exit code, 1 where a request was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--replicas", type=int, default=2, help="most replicas (default: %(default)s)")
+    parser.add_argument("--callers", type=int, default=16, help="callers at once (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=50, help="heads asked for once more (default: %(default)s)")
     parser.add_argument("--names", nargs="+", default=["apple", "bus", "lizard"])
     options = parser.parse_args()
-    os.environ.setdefault("T2W_TORCH_THREADS", "1")
-    os.environ["T2W_ALLOW_ANONYMOUS"] = "true"  # on loopback, see below
-    ray.init(
-        num_cpus=4,
-        object_store_memory=100_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-    )
-    try:
-        print(json.dumps(measure(options)), flush=True)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with tempfile.TemporaryDirectory() as folder:
+        redis = RedisProcess(Path(folder))
+        redis.start()
+        # On loopback, see below.
+        settings = {"ALLOW_ANONYMOUS": "true", "MAX_BATCH_SIZE": str(BATCH), "REDIS_URL": redis.url}
+        os.environ |= {f"T2W_{name}": value for name, value in settings.items()}
+        os.environ.setdefault("T2W_TORCH_THREADS", "1")
+        # Else Ray's processes stand back behind all others, and take minutes to start on a busy machine.
+        os.environ[NICENESS] = "0"
+        ray.init(
+            num_cpus=2 * options.replicas,
+            object_store_memory=100_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        try:
+            result = measure(options)
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+            redis.kill()
+    print(json.dumps(result), flush=True)
+    return 1 if result["lost"] else 0
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    port = free_port()
+    """Every phase in turn, on a cluster that runs."""
+    port, most = free_port(), options.replicas
     started = time.monotonic()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
-    serve.run(build(Scale(min_replicas=2, max_replicas=2)))
-    ready_s = time.monotonic() - started
-    url = f"http://127.0.0.1:{port}"
-    victims = replica_processes()
-    assert len(victims) == 2, victims
-    half = options.requests // 2
-    failures: list[str] = []
-    with ThreadPoolExecutor(options.clients) as pool:
-        done = [pool.submit(ask, url, seed, options.names, failures) for seed in range(half)]
-        lost = sum(not future.result() for future in done)
-        answered = heads_by_replica(url)
-        done = [pool.submit(ask, url, seed, options.names, failures) for seed in range(half, 2 * half)]
-        while not any(future.done() for future in done):
-            time.sleep(0.001)
-        os.kill(victims[0].pid, signal.SIGKILL)
-        lost += sum(not future.result() for future in done)
+    serve.run(build(Scale(max_replicas=most, upscale_delay_s=0, downscale_delay_s=0)))
+    first_s = time.monotonic() - started
+    load = Load(f"http://127.0.0.1:{port}", options.names)
+    with Console(stderr=True).status("one replica under load") as status, load.running(options.callers):
+        grown_s = wait_until(lambda: all_compute(load.url, most))
+        status.update("a replica is killed")
+        victim = replica_processes()[0]
+        victim.kill()
+        replaced_s = wait_until(lambda: not victim.is_running() and all_compute(load.url, most))
+    requests = len(load.answered) + len(load.lost)
+    repeats = load.answered[-options.repeats :]
+    before = replica_metrics(load.url, most)
+    for seed in repeats:
+        load.ask(seed)
+    after = replica_metrics(load.url, most)
+    shrunk_s = wait_until(lambda: len(replica_processes()) == 1)
     return {
-        "ready_s": round(ready_s, 1),
-        "requests": 2 * half,
-        "answered_by": sorted(answered.values()),
-        "sent_again": len(failures),
-        "failures": sorted(set(failures)),
-        "lost": lost,
+        "replicas": most,
+        "first_ready_s": round(first_s, 1),
+        "all_compute_s": round(grown_s, 1),
+        "killed_is_replaced_s": round(replaced_s, 1),
+        "one_is_left_s": round(shrunk_s, 1),
+        "requests": requests,
+        "lost": len(load.lost),
+        "failures": sorted(set(load.lost)),
+        "computed_by": sorted(int(metrics[HEADS]) for metrics in after.values()),
+        "repeats": len(repeats),
+        **{name: total(after, key) - total(before, key) for name, key in REPEATS.items()},
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def ask(url: str, seed: int, names: list[str], failures: list[str]) -> bool:
-    """Ask as a careful client does: what fails on the server's side is asked again."""
-    with Client(url) as client:
-        for attempt in range(ATTEMPTS):
-            try:
-                return len(client.generate(names, seed=seed).classes) == len(names)
-            except (ServerError, APIConnectionError) as error:
-                failures.append(str(error))
-                time.sleep(0.1 * 2**attempt)
-    return False
+def wait_until(holds: Callable[[], bool]) -> float:
+    """Seconds until a condition holds.
+
+    Raises:
+        TimeoutError: it does not for a long time.
+    """
+    began = time.monotonic()
+    while not holds():
+        if time.monotonic() > began + PHASE_S:
+            raise TimeoutError(f"Ray has {len(replica_processes())} replicas after {PHASE_S:g} s")
+        time.sleep(POLL_S)
+    return time.monotonic() - began
 
 
-def heads_by_replica(url: str) -> dict[str, float]:
-    """Heads generated, by the time at which the replica's process started."""
-    found: dict[str, float] = {}
-    end = time.monotonic() + 10
-    while len(found) < 2 and time.monotonic() < end:
-        text = httpx.get(f"{url}/metrics").text
-        started, heads = (
-            re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
-            for name in ("process_start_time_seconds", "t2w_heads_generated_total")
-        )
-        assert started is not None
-        assert heads is not None
-        found[started[1]] = float(heads[1])
+def all_compute(url: str, count: int) -> bool:
+    """Whether there are so many replicas, and all have computed heads."""
+    if len(replica_processes()) != count:
+        return False
+    found = replica_metrics(url, count)
+    return len(found) == count and all(metrics[HEADS] for metrics in found.values())
+
+
+def replica_metrics(url: str, count: int) -> dict[float, dict[Series, float]]:
+    """Metrics of every replica, by the time at which its process started; of fewer where not all answer in time."""
+    found: dict[float, dict[Series, float]] = {}
+    end = time.monotonic() + METRICS_S
+    while len(found) < count and time.monotonic() < end:
+        # Each time over a new connection, which any of them may answer.
+        response = httpx.get(f"{url}/metrics", timeout=METRICS_S)
+        if response.status_code == httpx.codes.OK:
+            samples = [each for family in text_string_to_metric_families(response.text) for each in family.samples]
+            metrics = {(each.name, *sorted(each.labels.values())): each.value for each in samples}
+            found[metrics[STARTED]] = metrics
     return found
 
 
+def total(found: dict[float, dict[Series, float]], series: Series) -> int:
+    """Sum over the replicas."""
+    return int(sum(metrics.get(series, 0) for metrics in found.values()))
+
+
 def replica_processes() -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any("ServeReplica" in part for part in process.cmdline())
-    ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """The replicas' processes, also those that do not answer yet."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any("ServeReplica" in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,10 +29,19 @@ _SPARE_S = 5.0
 
 
 class Scale(BaseModel, extra="forbid"):
-    """How many replicas there are; `serve run` takes the fields as NAME=VALUE."""
+    """How many replicas there are; `serve run` takes the fields as NAME=VALUE.
+
+    Attributes:
+        min_replicas: that there always are.
+        max_replicas: under load.
+        upscale_delay_s: how long the load must be too high before one is added.
+        downscale_delay_s: how long it must be low before one is ended.
+    """
 
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_delay_s: float = Field(default=600.0, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Scale:
@@ -74,7 +83,7 @@ def build(scale: Scale) -> Application:
 
     Args:
         scale: how many replicas there are. Between the two numbers Ray adds one when more requests run and wait
-            than fit into one batch of each replica.
+            than fit into one batch of each replica, and ends one when fewer replicas would do.
 
     Raises:
         KeysError: no key is set, and nobody said that this is wanted.
@@ -88,6 +97,8 @@ def build(scale: Scale) -> Application:
             min_replicas=scale.min_replicas,
             max_replicas=scale.max_replicas,
             target_ongoing_requests=settings.max_batch_size,
+            upscale_delay_s=scale.upscale_delay_s,
+            downscale_delay_s=scale.downscale_delay_s,
         ),
         # The replica's own queue is the limit, so that a full one is answered by 429.
         max_ongoing_requests=settings.max_batch_size + settings.queue_size,
