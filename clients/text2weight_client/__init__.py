@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from text2weight_client.head import GeneratedHead
     from text2weight_client.heads import GeneratedHeads
     from text2weight_client.info import ServiceInfo
-    from text2weight_client.options import FuseOptions, GenerateOptions, SamplingOptions
+    from text2weight_client.options import EnhanceOptions, FuseOptions, GenerateOptions, SamplingOptions
     from text2weight_client.results import (
         ClassifiedImage,
         ClassProbability,
@@ -64,6 +64,7 @@ __all__ = [
     "Client",
     "DeadlineExceededError",
     "DoneEvent",
+    "EnhanceOptions",
     "FuseOptions",
     "FuseTask",
     "GenerateManyError",
@@ -95,6 +96,7 @@ _LAZY = {
     "ClassifiedImage": "results",
     "Client": "client",
     "DoneEvent": "results",
+    "EnhanceOptions": "options",
     "FuseOptions": "options",
     "FuseTask": "fuse_task",
     "GenerateOptions": "options",

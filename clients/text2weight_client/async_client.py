@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from text2weight_client.head import GeneratedHead
     from text2weight_client.heads import GeneratedHeads
     from text2weight_client.info import ServiceInfo
-    from text2weight_client.options import FuseOptions, GenerateOptions, SamplingOptions
+    from text2weight_client.options import EnhanceOptions, FuseOptions, GenerateOptions
     from text2weight_client.protocol import Exchange, Image, Many
     from text2weight_client.results import ClassifiedImage, StreamEvent
     from text2weight_client.retries import RetryPolicy
@@ -82,7 +82,7 @@ class AsyncClient(BaseClient["httpx.AsyncClient", "httpx.AsyncBaseTransport"]):
         strength: float,
         *,
         classes: Sequence[str] | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[EnhanceOptions],
     ) -> GeneratedHead:
         """Ask for a better version of a head; see `Client.enhance`."""
         from text2weight_client.protocol import enhance_exchange

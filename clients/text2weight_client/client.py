@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from text2weight_client.head import GeneratedHead
     from text2weight_client.heads import GeneratedHeads
     from text2weight_client.info import ServiceInfo
-    from text2weight_client.options import FuseOptions, GenerateOptions, SamplingOptions
+    from text2weight_client.options import EnhanceOptions, FuseOptions, GenerateOptions
     from text2weight_client.protocol import Exchange, Image, Many
     from text2weight_client.results import ClassifiedImage, StreamEvent
     from text2weight_client.retries import RetryPolicy
@@ -197,15 +197,15 @@ class Client(BaseClient["httpx.Client", "httpx.BaseTransport"]):
         strength: float,
         *,
         classes: Sequence[str] | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[EnhanceOptions],
     ) -> GeneratedHead:
-        """Ask for a better version of a head: some noise is put on it and taken away under the text.
+        """Ask for a better version of a head: one between it and a head that is generated for the text.
 
         Args:
             head: what to start from.
             strength: 0 gives the head back, 1 is a new generation.
             classes: the text; the head's own classes if None.
-            options: see `SamplingOptions`.
+            options: see `EnhanceOptions`.
 
         Raises:
             Text2WeightClientError: as for `generate`.

@@ -27,7 +27,7 @@ from text2weight_client.command_options import (
     say_written,
     waiting,
 )
-from text2weight_client.options import FuseMethod, GenerateOptions
+from text2weight_client.options import EnhanceMethod, FuseMethod, GenerateOptions
 
 if TYPE_CHECKING:
     from text2weight_client.fuse_task import FuseTask
@@ -141,6 +141,10 @@ def enhance(
     classes: Annotated[
         list[str] | None, typer.Option("--class", help="A class name; once for each. Those of the head if not given.")
     ] = None,
+    method: Annotated[
+        EnhanceMethod | None,
+        typer.Option(help="interpolate, the default, with a generated head; noise: hide it in noise and denoise it."),
+    ] = None,
     seed: SeedOption = None,
     steps: StepsOption = None,
     sampler: SamplerOption = None,
@@ -150,7 +154,7 @@ def enhance(
     api_key: KeyOption = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """Ask a running service to improve a head: add some noise and take it away under the text.
+    """Ask a running service to improve a head by what it generates for the text.
 
     Example: t2w enhance head.safetensors --strength 0.3 -o better.safetensors
     """
@@ -161,6 +165,7 @@ def enhance(
             GeneratedHead.load(path),
             strength,
             classes=classes,
+            method=method,
             seed=seed,
             steps=steps,
             sampler=sampler,

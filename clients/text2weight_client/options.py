@@ -7,6 +7,7 @@ from typing import Literal, TypedDict
 
 Precision = Literal["fp32", "fp16", "bf16"]
 FuseMethod = Literal["text", "average", "git-rebasin", "task-arithmetic", "ties"]
+EnhanceMethod = Literal["interpolate", "noise"]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -39,6 +40,17 @@ class FuseOptions(SamplingOptions, total=False):
 
     method: FuseMethod | None
     prompt_template: str | None
+
+
+class EnhanceOptions(SamplingOptions, total=False):
+    """What `enhance` takes besides the head, its strength and its classes.
+
+    Attributes:
+        method: "interpolate" goes a share of the way to a generated head; "noise" hides a share of the head in noise
+            and denoises it.
+    """
+
+    method: EnhanceMethod | None
 
 
 class GenerateOptions(SamplingOptions, total=False):

@@ -34,7 +34,7 @@ from text2weight_client.fuse_task import FuseTask
 from text2weight_client.head import GeneratedHead
 from text2weight_client.heads import GeneratedHeads
 from text2weight_client.info import ServiceInfo
-from text2weight_client.options import FuseOptions, GenerateOptions, SamplingOptions
+from text2weight_client.options import EnhanceOptions, FuseOptions, GenerateOptions
 from text2weight_client.results import ClassifiedImage, ClassProbability, ResponseInfo
 
 T = TypeVar("T")
@@ -155,10 +155,10 @@ def fuse_exchange(
 
 
 def enhance_exchange(
-    head: GeneratedHead, strength: float, classes: Sequence[str] | None, **options: Unpack[SamplingOptions]
+    head: GeneratedHead, strength: float, classes: Sequence[str] | None, **options: Unpack[EnhanceOptions]
 ) -> Exchange[GeneratedHead]:
     """POST /enhance."""
-    body = {"strength": strength, **_sent(options, SamplingOptions)}
+    body = {"strength": strength, **_sent(options, EnhanceOptions)}
     if classes is not None:
         body["classes"] = _listed(classes)
     return Exchange("POST", "/enhance", _read_head, body, (_head_part(head),), takes_deadline=True)

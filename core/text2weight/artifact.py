@@ -9,6 +9,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 import torch
@@ -25,6 +27,15 @@ PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MATRICES = ("linear1.weight", "linear2.weight")
 _EMBEDDINGS = "class_embeddings"
+
+
+@cache
+def created_by() -> str:
+    """Program and version, as written into every file."""
+    try:
+        return f"text2weight {version('text2weight')}"
+    except PackageNotFoundError:
+        return "text2weight"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Enhancing a given head: noise it part of the way, then denoise it under the text.
+"""Enhancing a given head under a text, in one of two ways.
 
-The idea is SDEdit's (arXiv 2108.01073). A head at timestep t0 = strength * N keeps sqrt(abar_t0) of itself; the
-sampler starts there in place of N. The T2W paper (arXiv 2508.13633) noises by all N steps, which leaves nothing of
-the head: docs/method.md. Letters: P numbers in one head, h hidden units.
+"interpolate" generates a head for the text and goes from the given one a share of the way to it: the two err in
+different ways, and heads of one family can be averaged (model soups, arXiv 2203.05482). "noise" is SDEdit
+(arXiv 2108.01073): a head at timestep t0 = strength * N keeps sqrt(abar_t0) of itself, and the sampler starts there in
+place of N. The T2W paper (arXiv 2508.13633) noises by all N steps, which leaves nothing of the head: docs/method.md.
+Letters: P numbers in one head, h hidden units.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ from text2weight.head import HeadSpec
 from text2weight.merging import match_units
 from text2weight.weight_space import WeightSpace
 from text2weight.weight_tokens import permute_units
+
+EnhanceMethod = Literal["interpolate", "noise"]
 
 # In the space's scales: PyTorch's initial heads reach 150 in the bundled checkpoint. Numbers far above would overflow
 # inside the denoiser and come back as a head that is not finite.
@@ -79,19 +84,27 @@ def _last_layer_length(spec: HeadSpec, flat: Tensor) -> float:
     return math.hypot(*(float(block.norm()) for name, block in blocks.items() if name.startswith("linear2.")))
 
 
+def interpolate(spec: HeadSpec, given: Tensor, generated: Tensor, share: float) -> Tensor:
+    """(1 - share) of a given head (P,) and share of a generated one (P,), written as the given head is: (P,)."""
+    alignment = align(spec, generated, given)
+    return alignment.undo(spec, torch.lerp(alignment.apply(spec, given), generated, share))
+
+
 @dataclass(frozen=True)
 class Start:
-    """Where a request's reverse diffusion begins.
+    """Where a request's reverse diffusion begins, and what becomes of the given head at its end.
 
     Attributes:
         timestep: t0; N is pure noise, and 0 leaves nothing to do.
-        given: (P,) the head to begin from; None at N.
-        alignment: of the given head to the weight space's anchor; None at N.
-        clean: (P,) the aligned head in the sampler's space; None at N.
+        given: (P,) the head to enhance; None where it has no part in the answer.
+        share: of the generated head in the answer, where the two are interpolated.
+        alignment: of the given head to the weight space's anchor, where it is noised.
+        clean: (P,) the aligned head in the sampler's space, where it is noised.
     """
 
     timestep: int
     given: Tensor | None = None
+    share: float = 1.0
     alignment: Alignment | None = None
     clean: Tensor | None = None
 
@@ -106,13 +119,28 @@ class Start:
 
         Nothing was done at timestep 0, so the answer is the given head itself, free of any rounding.
         """
-        if self.given is None or self.alignment is None:
+        if self.given is None:
             return weights
-        return self.given if self.timestep == 0 else self.alignment.undo(spec, weights)
+        if self.timestep == 0:
+            return self.given
+        if self.alignment is None:
+            return interpolate(spec, self.given, weights, self.share)
+        return self.alignment.undo(spec, weights)
+
+
+def start_timestep(schedule: NoiseSchedule, strength: float, method: EnhanceMethod) -> int:
+    """t0: N where a whole head is generated, 0 where nothing is, else strength * N, rounded to whole timesteps."""
+    share = strength if method == "noise" else math.ceil(strength)
+    return round(share * schedule.num_timesteps)
 
 
 def choose_start(
-    spec: HeadSpec, space: WeightSpace, schedule: NoiseSchedule, given: Tensor | None, strength: float
+    spec: HeadSpec,
+    space: WeightSpace,
+    schedule: NoiseSchedule,
+    given: Tensor | None,
+    strength: float,
+    method: EnhanceMethod,
 ) -> Start:
     """Where to begin for a given head and a strength.
 
@@ -122,17 +150,25 @@ def choose_start(
         schedule: the noise schedule.
         given: (P,) flat weights on the CPU, written in any of the ways that `align` undoes: the denoiser knows heads
             as they look beside the anchor. None for plain generation.
-        strength: 0..1; t0 is rounded to whole timesteps.
+        strength: 0..1, see `start_timestep`.
+        method: how the given head is enhanced.
 
     Returns:
-        at t0 = N the start of plain generation, in which the given head has no part: the sqrt(abar_N) that noising
+        at strength 1 the start of plain generation, in which the given head has no part: the sqrt(abar_N) that noising
         would leave of it is an artefact of the schedule.
     """
-    timestep = round(strength * schedule.num_timesteps)
-    if given is None or timestep == schedule.num_timesteps:
-        return Start(schedule.num_timesteps)
+    timestep = start_timestep(schedule, strength, method)
+    if timestep == 0:
+        return Start(0, given)
+    if given is None or strength == 1:
+        return Start(timestep)
+    if method == "interpolate":
+        return Start(timestep, given, share=strength)
+    if timestep == schedule.num_timesteps:
+        return Start(timestep)
     alignment = align(spec, space.anchor, given)
-    return Start(timestep, given, alignment, space.standardise(alignment.apply(spec, given)))
+    clean = space.standardise(alignment.apply(spec, given))  # (P,)
+    return Start(timestep, given, alignment=alignment, clean=clean)
 
 
 def heads_to_read(starts: Sequence[Start], size: int) -> GivenHeads:

@@ -3,9 +3,10 @@
     class names --text_encoder--> embeddings (K, D) --condition--> pooled vector and class tokens
         --samplers, denoiser--> standardised weights (P) --weight_space--> flat weights --head, artifact--> bytes
 
-The samplers begin at noise or, to enhance a head, at that head with noise on it (`enhancement`). `begin`, `advance`
-and `finish` are the stages of one request, so that a service can let requests join and leave between denoiser calls
-(`sampling`); `generate_batch` calls them for requests that begin together.
+The samplers begin at noise. To enhance a head, the generated one is averaged with it, or the samplers begin at that
+head with noise on it (`enhancement`). `begin`, `advance` and `finish` are the stages of one request, so that a service
+can let requests join and leave between denoiser calls (`sampling`); `generate_batch` calls them for requests that begin
+together.
 
 Letters: B requests, K classes, D embedding size, P numbers in one head.
 """
@@ -17,14 +18,12 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from text2weight.artifact import FORMAT, HeadArtifact
+from text2weight.artifact import FORMAT, HeadArtifact, created_by
 from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from text2weight.condition import (
     condition_on_classes,
@@ -35,7 +34,7 @@ from text2weight.condition import (
 )
 from text2weight.cuda_graphs import GraphedDenoiser
 from text2weight.descriptions import ConditionText, Descriptions, describe_classes
-from text2weight.enhancement import check_fits, check_given, choose_start, heads_to_read
+from text2weight.enhancement import EnhanceMethod, check_fits, check_given, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.outside import OutsideNames
 from text2weight.samplers import check_sampler, make_plan
@@ -51,15 +50,6 @@ MAX_GUIDANCE_SCALE = 20.0
 MAX_TEMPLATE_LENGTH = 200
 CLASS_MULTIPLE = 8  # requests are padded to a multiple of so many classes
 DEFAULT_STEPS = 20  # of a sampler that the checkpoint names no step count for
-
-
-@cache
-def created_by() -> str:
-    """Program and version, as written into every file."""
-    try:
-        return f"text2weight {version('text2weight')}"
-    except PackageNotFoundError:
-        return "text2weight"
 
 
 def _inside(checkpoint: Path, source: str) -> str:
@@ -82,9 +72,11 @@ class GenerationRequest:
         guidance_scale: s of classifier-free guidance, 0..20; 1 is the condition alone and costs nothing, other
             values need a checkpoint trained with condition dropout and twice the computation.
         given: (P,) fp32 flat weights of the head to enhance, its hidden units in any order; None to generate one.
-        strength: how far the given head is noised before it is denoised, as a share of the schedule. At 0 it comes
-            back bit for bit; at 1 nothing is left of it, and the head is that of plain generation. `steps` calls are
-            made at any strength between, or as many as there are timesteps below; "mean" makes its one call there.
+        strength: how far to go from the given head. At 0 it comes back bit for bit; at 1 nothing is left of it, and the
+            head is that of plain generation.
+        method: between, "interpolate" goes a share of the way to the head of plain generation; "noise" noises the given
+            head by that share of the schedule and denoises it, by `steps` calls or as many as there are timesteps
+            below ("mean" makes its one call there).
         condition_text: what the denoiser reads in place of `embeddings`, such as descriptions of the classes; None
             for what the checkpoint was trained with.
         emphasis: (K,) positive factors of the classes' shares in the pooled condition; None for equal ones.
@@ -99,6 +91,7 @@ class GenerationRequest:
     guidance_scale: float = 1.0
     given: Tensor | None = None
     strength: float = 1.0
+    method: EnhanceMethod = "interpolate"
     condition_text: ConditionText | None = None
     emphasis: Tensor | None = None
     template: str | None = None
@@ -215,6 +208,7 @@ class Generator:
         classes: Sequence[str],
         *,
         strength: float,
+        method: EnhanceMethod = "interpolate",
         seed: int = 0,
         steps: int | None = None,
         sampler: str | None = None,
@@ -227,6 +221,7 @@ class Generator:
                 classes and metadata are not read.
             classes: names, at least 2.
             strength: 0..1, how little of the head is kept; see `GenerationRequest`.
+            method: likewise.
             seed: 0..2**63 - 1.
             steps: denoiser calls; the checkpoint's default where not given.
             sampler: likewise.
@@ -240,7 +235,8 @@ class Generator:
         """
         check_fits(self.config.head, head.spec)
         request = self._request(classes, seed, steps, sampler, guidance_scale)
-        request = replace(request, given=self.config.head.flatten(head.tensors), strength=strength)
+        given = self.config.head.flatten(head.tensors)  # (P,)
+        request = replace(request, given=given, strength=strength, method=method)
         return self.generate_batch([request])[0]
 
     def fuse(
@@ -390,7 +386,7 @@ class Generator:
         condition = condition_on_classes(padded, mask, emphasis)
         given = None if request.given is None else request.given.detach().cpu()  # (P,)
         schedule = self.config.schedule
-        start = choose_start(self.config.head, self._space_on_cpu, schedule, given, request.strength)
+        start = choose_start(self.config.head, self._space_on_cpu, schedule, given, request.strength, request.method)
         if self.config.denoiser.reads_given:
             condition = replace(condition, given=heads_to_read([start], self.config.head.num_parameters))
         source = torch.Generator().manual_seed(request.seed)
@@ -451,9 +447,9 @@ class Generator:
     def _reach(self, sample: Sample) -> float:
         """How far a sample's head goes from the anchor to what the denoiser answers; 1 is all the way.
 
-        A given head is an end of its own: `strength` says how far to go from there.
+        A given head that is noised is an end of its own: `strength` says how far to go from there.
         """
-        plain = sample.start.given is None
+        plain = sample.start.timestep == self.config.schedule.num_timesteps
         return self._outside.reach(sample.request.classes) if self._outside is not None and plain else 1.0
 
     def _to_head(self, sample: Sample, numbers: Tensor) -> HeadArtifact:
@@ -488,7 +484,7 @@ class Generator:
         if reach != 1:
             metadata["reach"] = repr(reach)
         if request.given is not None:
-            metadata["strength"] = repr(float(request.strength))
+            metadata |= {"strength": repr(float(request.strength)), "method": request.method}
         if request.condition_text is not None:
             metadata["condition_text"] = request.condition_text.source
             if request.condition_text.in_classifier:

@@ -1,4 +1,4 @@
-"""POST /enhance: an uploaded head is noised part of the way and denoised under the text.
+"""POST /enhance: an uploaded head is improved by what is generated for the text.
 
 Letter: P numbers in one head.
 """
@@ -32,7 +32,7 @@ router = APIRouter()
     "/enhance",
     summary="Improve a head that was trained for a short while",
     response_class=HeadResponse,
-    responses=head_docs("Head artifact, written as the given head is; the metadata states strength and seed"),
+    responses=head_docs("Head artifact, written as the given head is; the metadata states strength, method and seed"),
     openapi_extra=body_docs(
         None,
         {"head": HEAD_DOCS, "request": {"$ref": "#/components/schemas/EnhanceRequest"}},
@@ -45,7 +45,7 @@ async def enhance(request: Request, engine: ReadyEngine, uploads: UploadsDepende
     """
     with uploads.place(request):
         body, classes, given = await _read(request, engine, uploads)
-    job = new_job(request, engine, body, classes, given=given, strength=body.strength)
+    job = new_job(request, engine, body, classes, given=given, strength=body.strength, method=body.method)
     return await answer_with_heads(request, engine, [job], body.precision)
 
 

@@ -15,10 +15,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from torch import Tensor
 
-from text2weight.artifact import FORMAT, HeadArtifact
+from text2weight.artifact import FORMAT, HeadArtifact, created_by
 from text2weight.condition import MIN_CLASSES, emphasis_of_tasks, normalise_class_names, plain_name, union_of_tasks
 from text2weight.errors import InvalidInputError
-from text2weight.generator import created_by
 from text2weight.merging import average, git_rebasin, task_arithmetic, ties
 from text2weight_service.engine import Engine
 from text2weight_service.exchange import (

@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from text2weight.artifact import created_by
 from text2weight.descriptions import Descriptions, describe_classes, match_descriptions
-from text2weight.generator import GenerationRequest, created_by
+from text2weight.enhancement import EnhanceMethod, start_timestep
+from text2weight.generator import GenerationRequest
 from text2weight.text_encoder import Vocabulary
 from text2weight_service.model import Model
 
@@ -36,7 +38,8 @@ class Job:
         describe_classifier: make the class embeddings from the descriptions, too.
         emphasis: a factor of each class's share in the pooled condition, or None.
         given: (P,) the head to enhance, or None.
-        strength: how far the given head is noised.
+        strength: how far to go from the given head.
+        method: how the given head is enhanced.
         reusable: whether the head is worth keeping: the caller gave the seed and may ask for the same again.
     """
 
@@ -53,6 +56,7 @@ class Job:
     emphasis: Tensor | None = None
     given: Tensor | None = None
     strength: float = 1.0
+    method: EnhanceMethod = "interpolate"
     reusable: bool = True
 
 
@@ -105,15 +109,14 @@ def plan_work(model: Model, job: Job) -> Work:
         guidance_scale=job.guidance_scale,
         given=job.given,
         strength=job.strength,
+        method=job.method,
         emphasis=job.emphasis,
         template=job.template,
     )
     model.check(request)
     described = () if job.descriptions is None else match_descriptions(job.descriptions, job.classes)
     texts = dict.fromkeys([*prompts, *(text for own in described for text in own)])
-    calls = steps
-    if job.given is not None:
-        calls = min(steps, round(job.strength * model.config.schedule.num_timesteps))
+    calls = min(steps, start_timestep(model.config.schedule, job.strength, job.method))
     return Work(job, prompts, tuple(texts), request, calls, _hash(model, job, prompts, request))
 
 
@@ -133,7 +136,7 @@ def _hash(model: Model, job: Job, prompts: Sequence[str], request: GenerationReq
         job.describe_classifier,
         None if job.emphasis is None else job.emphasis.tolist(),
         None if job.given is None else hashlib.sha256(job.given.numpy().tobytes()).hexdigest(),
-        None if job.given is None else job.strength,
+        None if job.given is None else (job.strength, job.method),
     ]
     # JSON says where a part ends: no two different lists give the same text.
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

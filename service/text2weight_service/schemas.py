@@ -9,6 +9,7 @@ from typing_extensions import TypeAliasType
 
 from text2weight.artifact import Precision
 from text2weight.condition import MAX_WEIGHT
+from text2weight.enhancement import EnhanceMethod
 from text2weight.generator import MAX_GUIDANCE_SCALE, MAX_SEED
 from text2weight.samplers import SAMPLERS
 
@@ -129,7 +130,12 @@ class EnhanceRequest(SamplingFields):
     """Part `request` of `POST /enhance`."""
 
     strength: float = Field(
-        ge=0, le=1, description="0 returns the head's weights, 1 forgets them and equals /generate", examples=[0.4]
+        ge=0, le=1, description="0 returns the head's weights, 1 forgets them and equals /generate", examples=[0.3]
+    )
+    method: EnhanceMethod = Field(
+        default="interpolate",
+        description="interpolate goes that share of the way to the head of /generate; noise hides that share of the "
+        "head in noise and denoises it",
     )
     classes: Names | None = Field(default=None, description="class names; those of the head if absent")
 

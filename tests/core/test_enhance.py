@@ -18,7 +18,7 @@ from text2weight import GenerationRequest, Generator, HeadArtifact, read_head
 from text2weight.checkpoint import load_checkpoint
 from text2weight.condition import condition_on_classes, pad_embeddings
 from text2weight.diffusion import NoiseSchedule
-from text2weight.enhancement import choose_start, scale_last_layer
+from text2weight.enhancement import EnhanceMethod, choose_start, interpolate, scale_last_layer
 from text2weight.errors import InvalidInputError
 from text2weight.head import apply_heads
 from text2weight.samplers import SAMPLERS, make_plan, take_steps
@@ -26,6 +26,7 @@ from text2weight.weight_tokens import permute_units
 
 CLASSES = ("apple", "bus", "lizard", "maple tree")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+METHODS: tuple[EnhanceMethod, ...] = ("interpolate", "noise")
 P = TINY_SPEC.num_parameters
 ORDER = torch.tensor([2, 0, 1])
 
@@ -59,23 +60,47 @@ def steps_of(sampler: str) -> int:
     return 1 if sampler == "mean" else 5
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_strength_zero_returns_the_head_bit_for_bit(generator: Generator, sampler: str) -> None:
-    head = trained_head()
+def test_strength_zero_returns_the_head_bit_for_bit(generator: Generator, sampler: str, method: EnhanceMethod) -> None:
+    head, steps = trained_head(), steps_of(sampler)
     enhanced = generator.enhance(
-        artifact_of(head), CLASSES, strength=0.0, seed=4, sampler=sampler, steps=steps_of(sampler)
+        artifact_of(head), CLASSES, strength=0.0, method=method, seed=4, sampler=sampler, steps=steps
     )
     assert torch.equal(flat(enhanced), head)
     assert enhanced.classes == CLASSES
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_strength_one_is_plain_generation_bit_for_bit(generator: Generator, sampler: str) -> None:
+def test_strength_one_is_plain_generation_bit_for_bit(
+    generator: Generator, sampler: str, method: EnhanceMethod
+) -> None:
     options = {"seed": 4, "sampler": sampler, "steps": steps_of(sampler)}
-    enhanced = generator.enhance(artifact_of(trained_head()), CLASSES, strength=1.0, **options)  # type: ignore[arg-type]
+    enhanced = generator.enhance(artifact_of(trained_head()), CLASSES, strength=1.0, method=method, **options)  # type: ignore[arg-type]
     plain = generator.generate(CLASSES, **options)  # type: ignore[arg-type]
     assert torch.equal(flat(enhanced), flat(plain))
-    assert {**plain.metadata, "strength": "1.0"} == enhanced.metadata
+    assert {**plain.metadata, "strength": "1.0", "method": method} == enhanced.metadata
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.3, 0.99])
+def test_interpolation_goes_a_share_of_the_way_to_the_generated_head(generator: Generator, strength: float) -> None:
+    options = {"seed": 3, "sampler": "ddpm", "steps": 5}
+    plain, head = flat(generator.generate(CLASSES, **options)), trained_head()  # type: ignore[arg-type]
+    # This checkpoint's heads stay near the anchor, so that units are paired as with the anchor's.
+    in_order = permute_units(TINY_SPEC, head, ORDER.argsort())
+    length = float(last_layer(plain).norm() / last_layer(head).norm())
+    mixed = (1 - strength) * scale_last_layer(TINY_SPEC, in_order, length) + strength * plain
+    expected = permute_units(TINY_SPEC, scale_last_layer(TINY_SPEC, mixed, 1 / length), ORDER)
+    enhanced = generator.enhance(artifact_of(head), CLASSES, strength=strength, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(flat(enhanced), expected, **CLOSE)
+
+
+def test_units_are_paired_with_the_generated_heads() -> None:
+    """With those of the head that is averaged, not with the anchor's, which may be far from both."""
+    made = torch.randn(P, generator=torch.Generator().manual_seed(5))
+    rewritten = scale_last_layer(TINY_SPEC, permute_units(TINY_SPEC, made, ORDER), 3.0)
+    torch.testing.assert_close(interpolate(TINY_SPEC, rewritten, made, 0.4), rewritten, **CLOSE)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -98,13 +123,18 @@ def test_the_head_is_that_of_the_stages_called_one_by_one(generator: Generator, 
         noisy, previous = take_steps([step], noisy, clean, previous, noise), clean
     answer = scale_last_layer(TINY_SPEC, checkpoint.space.restore(noisy)[0], 1 / float(length))
     expected = permute_units(TINY_SPEC, answer, ORDER)
-    enhanced = generator.enhance(artifact_of(head), CLASSES, strength=strength, seed=3, sampler=sampler, steps=steps)
+    enhanced = generator.enhance(
+        artifact_of(head), CLASSES, strength=strength, method="noise", seed=3, sampler=sampler, steps=steps
+    )
     torch.testing.assert_close(flat(enhanced), expected, **CLOSE)
 
 
-def test_the_given_heads_order_of_units_changes_nothing_but_the_answers_order(generator: Generator) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_given_heads_order_of_units_changes_nothing_but_the_answers_order(
+    generator: Generator, method: EnhanceMethod
+) -> None:
     in_order, reordered = trained_head(order=torch.arange(3)), trained_head(order=ORDER)
-    options = {"strength": 0.5, "seed": 2, "steps": 4, "sampler": "ddpm"}
+    options = {"strength": 0.5, "method": method, "seed": 2, "steps": 4, "sampler": "ddpm"}
     one, other = (
         flat(generator.enhance(artifact_of(head), CLASSES, **options))  # type: ignore[arg-type]
         for head in (in_order, reordered)
@@ -115,7 +145,7 @@ def test_the_given_heads_order_of_units_changes_nothing_but_the_answers_order(ge
 
 def test_units_are_paired_with_the_anchors() -> None:
     space = tiny_space()
-    start = choose_start(TINY_SPEC, space, NoiseSchedule(num_timesteps=40), trained_head(), 0.5)
+    start = choose_start(TINY_SPEC, space, NoiseSchedule(num_timesteps=40), trained_head(), 0.5, "noise")
     assert start.timestep == 20
     assert start.alignment is not None
     assert start.alignment.order.tolist() == ORDER.argsort().tolist()
@@ -131,9 +161,12 @@ def test_units_are_paired_with_the_anchors() -> None:
     )
 
 
-def test_the_length_of_the_last_layer_changes_nothing_but_the_answers(generator: Generator) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_length_of_the_last_layer_changes_nothing_but_the_answers(
+    generator: Generator, method: EnhanceMethod
+) -> None:
     """Cosine logits do not see it. Powers of two leave no rounding."""
-    options = {"strength": 0.5, "seed": 2, "steps": 4, "sampler": "ddpm"}
+    options = {"strength": 0.5, "method": method, "seed": 2, "steps": 4, "sampler": "ddpm"}
     once = flat(generator.enhance(artifact_of(trained_head()), CLASSES, **options))  # type: ignore[arg-type]
     for factor in (8.0, 1 / 1024):
         longer = scale_last_layer(TINY_SPEC, trained_head(), factor)
@@ -144,23 +177,30 @@ def test_the_length_of_the_last_layer_changes_nothing_but_the_answers(generator:
         torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-9])
-def test_a_last_layer_of_next_to_nothing_still_gives_numbers(generator: Generator, scale: float) -> None:
+def test_a_last_layer_of_next_to_nothing_still_gives_numbers(
+    generator: Generator, scale: float, method: EnhanceMethod
+) -> None:
     head = scale_last_layer(TINY_SPEC, trained_head(), scale)
-    enhanced = generator.enhance(artifact_of(head), CLASSES, strength=0.5, steps=2, sampler="ddim")
+    enhanced = generator.enhance(artifact_of(head), CLASSES, strength=0.5, method=method, steps=2, sampler="ddim")
     assert bool(torch.isfinite(flat(enhanced)).all())
 
 
 def test_noise_at_full_strength_is_not_mixed_with_the_head() -> None:
     noise = torch.randn(P)
-    start = choose_start(TINY_SPEC, tiny_space(), NoiseSchedule(num_timesteps=40), trained_head(), 1.0)
-    assert start.timestep == 40
-    assert start.sample(NoiseSchedule(num_timesteps=40), noise) is noise
+    for strength in (0.99, 1.0):  # as many of 40 timesteps
+        start = choose_start(
+            TINY_SPEC, tiny_space(), NoiseSchedule(num_timesteps=40), trained_head(), strength, "noise"
+        )
+        assert start.timestep == 40
+        assert start.sample(NoiseSchedule(num_timesteps=40), noise) is noise
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_given_head_is_read_between_the_ends(generator: Generator, sampler: str) -> None:
-    options = {"strength": 0.4, "steps": steps_of(sampler), "sampler": sampler}
+def test_the_given_head_is_read_between_the_ends(generator: Generator, sampler: str, method: EnhanceMethod) -> None:
+    options = {"strength": 0.4, "method": method, "steps": steps_of(sampler), "sampler": sampler}
     one, other = (
         flat(generator.enhance(artifact_of(trained_head(seed)), CLASSES, **options))  # type: ignore[arg-type]
         for seed in (11, 12)
@@ -169,10 +209,15 @@ def test_the_given_head_is_read_between_the_ends(generator: Generator, sampler: 
 
 
 def request_for(
-    generator: Generator, classes: tuple[str, ...], sampler: str, seed: int, strength: float | None
+    generator: Generator,
+    classes: tuple[str, ...],
+    sampler: str,
+    seed: int,
+    strength: float | None,
+    method: EnhanceMethod = "noise",
 ) -> GenerationRequest:
     embeddings = generator.text_encoder.encode(generator.prompts(classes))
-    request = GenerationRequest(classes, embeddings, seed, steps_of(sampler), sampler)
+    request = GenerationRequest(classes, embeddings, seed, steps_of(sampler), sampler, method=method)
     return request if strength is None else replace(request, given=trained_head(seed), strength=strength)
 
 
@@ -181,6 +226,7 @@ ITEMS = st.tuples(
     st.sampled_from(SAMPLERS),
     st.integers(0, 99),
     st.sampled_from([None, 0.0, 0.01, 0.1, 0.5, 0.9, 1.0]),
+    st.sampled_from(METHODS),
 )
 
 
@@ -191,14 +237,14 @@ def test_plain_and_enhancing_requests_share_a_batch(generator: Generator, mix: l
         (alone,) = generator.generate_batch([request])
         torch.testing.assert_close(flat(together), flat(alone), **CLOSE)
         assert together.metadata == alone.metadata
-        if request.given is not None and request.strength <= 0.01:
+        if request.given is not None and request.strength <= (0.01 if request.method == "noise" else 0):
             assert torch.equal(flat(together), request.given)
 
 
 def test_calls_start_at_the_share_of_the_schedule_and_never_outnumber_its_timesteps(generator: Generator) -> None:
-    def calls(strength: float, steps: int) -> list[int]:
+    def calls(strength: float, steps: int, method: EnhanceMethod = "noise") -> list[int]:
         seen: list[int] = []
-        request = replace(request_for(generator, CLASSES, "ddim", 1, strength), steps=steps)
+        request = replace(request_for(generator, CLASSES, "ddim", 1, strength, method), steps=steps)
         generator.generate_batch([request], on_call=lambda call: seen.append(int(call.timesteps[0])))
         return seen
 
@@ -206,12 +252,15 @@ def test_calls_start_at_the_share_of_the_schedule_and_never_outnumber_its_timest
     assert calls(0.05, 20) == [2, 1]
     assert calls(0.01, 20) == []
     assert calls(1.0, 2) == [40, 20]
+    # Interpolation is with a whole head, however little of it is taken.
+    assert calls(0.01, 2, "interpolate") == calls(1.0, 2, "interpolate") == [40, 20]
+    assert calls(0.0, 2, "interpolate") == []
 
 
 def test_the_artifact_tells_how_it_was_made(generator: Generator) -> None:
     enhanced = generator.enhance(artifact_of(trained_head()), CLASSES, strength=0.25, seed=9, steps=3, sampler="ddpm")
-    facts = {name: enhanced.metadata[name] for name in ("strength", "seed", "steps", "sampler")}
-    assert facts == {"strength": "0.25", "seed": "9", "steps": "3", "sampler": "ddpm"}
+    facts = {name: enhanced.metadata[name] for name in ("strength", "method", "seed", "steps", "sampler")}
+    assert facts == {"strength": "0.25", "method": "interpolate", "seed": "9", "steps": "3", "sampler": "ddpm"}
     assert read_head(enhanced.to_bytes()).metadata == enhanced.metadata
     assert "strength" not in generator.generate(CLASSES).metadata
     # An artifact of the checkpoint itself can be enhanced for other classes.

@@ -137,7 +137,7 @@ def request_for(
 ) -> GenerationRequest:
     embeddings = generator.text_encoder.encode(generator.prompts(CLASSES))
     request = GenerationRequest(CLASSES, embeddings, 4, 1 if sampler == "mean" else 3, sampler, scale)
-    return request if strength is None else replace(request, given=given_head(), strength=strength)
+    return request if strength is None else replace(request, given=given_head(), strength=strength, method="noise")
 
 
 def given_head() -> Tensor:

@@ -16,6 +16,7 @@ from tests.tiny import TINY_SPEC, save_tiny_checkpoint, tiny_space
 from text2weight import GenerationRequest, Generator, HeadArtifact
 from text2weight.checkpoint import TextEncoderConfig, load_checkpoint, record_outside
 from text2weight.descriptions import ConditionText
+from text2weight.enhancement import interpolate
 from text2weight.errors import CheckpointError
 from text2weight.generator import DenoiserCall
 from text2weight.outside import OutsideSettings, mix_known
@@ -153,17 +154,29 @@ def test_descriptions_make_no_name_known(whole: Generator, scaled: Generator) ->
     torch.testing.assert_close(flat(other), scaled.anchor + REACH * (flat(one) - scaled.anchor), **CLOSE)
 
 
-def test_a_given_head_is_the_other_end(whole: Generator, scaled: Generator) -> None:
+def test_a_noised_head_is_the_other_end(whole: Generator, scaled: Generator) -> None:
     """Names are read as ever; only at strength 1, where nothing of it is left, does the anchor come in."""
     head = whole.generate(OUTSIDE, seed=1)
     for strength in (0.0, 0.5):
-        one, other = (g.enhance(head, OUTSIDE, strength=strength, sampler="ddim", steps=3) for g in (whole, scaled))
+        one, other = (
+            g.enhance(head, OUTSIDE, strength=strength, method="noise", sampler="ddim", steps=3)
+            for g in (whole, scaled)
+        )
         assert torch.equal(flat(one), flat(other))
         assert "reach" not in other.metadata
         assert other.metadata["outside"] == '["bus", "lizard", "rocket"]'
-    full = scaled.enhance(head, OUTSIDE, strength=1.0)
+    full = scaled.enhance(head, OUTSIDE, strength=1.0, method="noise")
     assert torch.equal(flat(full), flat(scaled.generate(OUTSIDE)))
     assert full.metadata["reach"] == repr(REACH)
+
+
+def test_interpolation_is_with_the_head_that_plain_generation_draws_back(scaled: Generator) -> None:
+    head, plain = scaled.generate(OUTSIDE, seed=1), scaled.generate(OUTSIDE)
+    enhanced = scaled.enhance(head, OUTSIDE, strength=0.25)
+    assert enhanced.metadata["reach"] == repr(REACH)
+    expected = interpolate(scaled.config.head, flat(head), flat(plain), 0.25)
+    assert torch.equal(flat(enhanced), expected)
+    assert "reach" not in scaled.enhance(head, OUTSIDE, strength=0.0).metadata
 
 
 def test_previews_and_watched_estimates_lead_to_the_head(whole: Generator, scaled: Generator) -> None:

@@ -59,6 +59,9 @@ def flat(head: HeadArtifact) -> torch.Tensor:
     return head.spec.flatten(head.tensors)
 
 
+METHODS = pytest.mark.parametrize("method", ["interpolate", "noise"])
+
+
 class TestStrength:
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
     def test_none_returns_the_weights_bit_for_bit(
@@ -73,17 +76,19 @@ class TestStrength:
         assert answer.classes == given.classes
         assert answer.metadata["strength"] == "0.0"
 
-    def test_full_equals_generate(self, real: Live, trained: HeadArtifact) -> None:
+    @METHODS
+    def test_full_equals_generate(self, real: Live, trained: HeadArtifact, method: str) -> None:
         sampling = {"seed": 6, "sampler": "ddim", "steps": 4}
-        enhanced = read_head(enhance(real, trained, strength=1, **sampling).content)
+        enhanced = read_head(enhance(real, trained, strength=1, method=method, **sampling).content)
         generated = read_head(real.generate(*NAMES[:4], **sampling).content)
         for name, tensor in generated.tensors.items():
             torch.testing.assert_close(enhanced.tensors[name], tensor, rtol=1e-4, atol=1e-5)
         assert enhanced.class_embeddings.allclose(generated.class_embeddings)
-        assert enhanced.metadata == {**generated.metadata, "strength": "1.0"}
+        assert enhanced.metadata == {**generated.metadata, "strength": "1.0", "method": method}
 
-    def test_between_equals_the_library(self, real: Live, checkpoint: Path, trained: HeadArtifact) -> None:
-        sampling: dict[str, Any] = {"seed": 6, "sampler": "ddim", "steps": 4, "strength": 0.4}
+    @METHODS
+    def test_between_equals_the_library(self, real: Live, checkpoint: Path, trained: HeadArtifact, method: str) -> None:
+        sampling: dict[str, Any] = {"seed": 6, "sampler": "ddim", "steps": 4, "strength": 0.4, "method": method}
         head = read_head(enhance(real, trained, classes=NAMES[2:7], **sampling).content)
         expected = Generator.load(checkpoint).enhance(trained, NAMES[2:7], **sampling)
         torch.testing.assert_close(flat(head), flat(expected), rtol=1e-4, atol=1e-4)
@@ -97,6 +102,8 @@ def test_entity_tag_follows_the_head(real: Live, trained: HeadArtifact) -> None:
     headers = {"If-None-Match": tag}
     files = form(request, trained.to_bytes())
     assert real.client.post("/enhance", files=files, headers=headers).status_code == 304
+    other_way = form({**request, "method": "noise"}, trained.to_bytes())
+    assert real.client.post("/enhance", files=other_way, headers=headers).status_code == 200
     files = form(request, a_head(*NAMES[:4], spec=TINY_SPEC, seed=9).to_bytes())
     assert real.client.post("/enhance", files=files, headers=headers).status_code == 200
 
@@ -155,6 +162,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "classes": ({"strength": 0.5, "classes": ["apple"]}, "classes"),
     "no classes": ({"strength": 0.5, "classes": []}, "classes"),
     "samples": ({"strength": 0.5, "samples": 2}, "samples"),
+    "method": ({"strength": 0.5, "method": "ties"}, "method"),
     "precision": ({"strength": 0.5, "precision": "fp8"}, "precision"),
     "deadline": ({"strength": 0.5, "deadline_ms": 0}, "deadline_ms"),
 }

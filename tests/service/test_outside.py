@@ -96,6 +96,8 @@ def test_fusing_by_text(live: Live, library: Generator) -> None:
 def test_enhancing(live: Live, library: Generator) -> None:
     given = library.generate(OUTSIDE, seed=1)
     body = {"strength": 0.5, "classes": OUTSIDE, "seed": 2, "sampler": "ddim", "steps": 3}
-    head = read_head(post(live.client, "/enhance", body, given.to_bytes()).content)
-    assert "reach" not in head.metadata
-    assert_close(head, library.enhance(given, **body))
+    for method, drawn_back in (("interpolate", True), ("noise", False)):
+        asked = {**body, "method": method}
+        head = read_head(post(live.client, "/enhance", asked, given.to_bytes()).content)
+        assert ("reach" in head.metadata) == drawn_back
+        assert_close(head, library.enhance(given, **asked))

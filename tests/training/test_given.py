@@ -92,7 +92,10 @@ def heads_of(generator: Generator, toy: Toy, tasks: list[tuple[int, ...]], given
     """Heads of one call at nearly full strength, where next to nothing of the head is left in the noised sample."""
     requests = task_requests(toy.data, tasks, "mean", 1)
     if given is not None:
-        requests = [replace(request, given=head, strength=0.95) for request, head in zip(requests, given, strict=True)]
+        requests = [
+            replace(request, given=head, strength=0.95, method="noise")
+            for request, head in zip(requests, given, strict=True)
+        ]
     return generate_from_requests(generator, requests)
 
 

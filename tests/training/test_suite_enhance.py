@@ -40,18 +40,18 @@ def test_every_method_is_measured(toy_suites: ToySuites) -> None:
         assert {share: stopped["steps"] for share, stopped in start["stopped"].items()} == {"0.1": 8, "0.5": 40}
     for _, stopped, part in parts(toy_suites):
         assert set(stopped["samplers"]) == {"mean/1", "ddim/3"}
-        assert list(part["enhanced"]) == ["0", "0.4", "0.8", "1"]
-        assert list(part["interpolated"]) == ["0.3", "0.6"]
-        assert set(part["gain"]) == {"input", "generated", "interpolated", "continued"}
+        assert list(part["interpolated"]) == list(part["noised"]) == ["0", "0.4", "0.8", "1"]
+        assert set(part["gain"]) == {"input", "generated", "noised", "continued"}
 
 
-def test_the_ends_of_the_sweep_are_the_input_and_plain_generation(toy_suites: ToySuites) -> None:
+def test_the_ends_of_both_sweeps_are_the_input_and_plain_generation(toy_suites: ToySuites) -> None:
     result = toy_suites.result("enhance")
     for start in result["starts"].values():
         for stopped in start["stopped"].values():
             for sampler, part in stopped["samplers"].items():
-                assert part["enhanced"]["0"] == stopped["input"]
-                assert part["enhanced"]["1"] == result["generated"][sampler]
+                for way in ("interpolated", "noised"):
+                    assert part[way]["0"] == stopped["input"]
+                    assert part[way]["1"] == result["generated"][sampler]
 
 
 def test_longer_training_is_better_and_gains_are_differences(toy_suites: ToySuites) -> None:
@@ -59,7 +59,7 @@ def test_longer_training_is_better_and_gains_are_differences(toy_suites: ToySuit
         early, late = (start["stopped"][share]["input"]["value"] for share in ("0.1", "0.5"))
         assert early < late < start["trained"]["value"] + 0.05
     for _, stopped, part in parts(toy_suites):
-        chosen = part["chosen"]["enhanced"]["value"]
+        chosen = part["chosen"]["interpolated"]["value"]
         assert part["gain"]["input"]["value"] == pytest.approx(chosen - stopped["input"]["value"], abs=1e-9)
         assert part["gain"]["continued"]["value"] == pytest.approx(chosen - part["continued"]["value"], abs=1e-9)
 
@@ -68,7 +68,8 @@ def test_a_barely_trained_head_is_improved(toy_suites: ToySuites) -> None:
     """The generator of the toy run knows the tasks' texts: it must help a head that has seen next to nothing."""
     stopped = toy_suites.result("enhance")["starts"]["base"]["stopped"]["0.1"]
     for part in stopped["samplers"].values():
-        assert part["enhanced"]["0.8"]["value"] > stopped["input"]["value"] + 0.05
+        for way in ("interpolated", "noised"):
+            assert part[way]["0.8"]["value"] > stopped["input"]["value"] + 0.05
 
 
 def test_training_goes_on_for_as_long_as_enhancing_took(toy_suites: ToySuites) -> None:
@@ -126,13 +127,13 @@ def test_a_rewritten_head_interpolates_as_the_head_itself(toy: Toy, suite_run: S
     """Another order of units and another length of the output: the same classifier, and no way back to it by lerp."""
     spec, head = toy.preset.head, toy.zoo.weights[0]
     rewritten = scale_last_layer(spec, permute_units(spec, head, ORDER), 3.0)
-    between = enhance.interpolate(suite_run, rewritten[None], head[None], 0.4)
-    torch.testing.assert_close(between[0], head, atol=1e-5, rtol=1e-4)
+    between = enhance.interpolate_all(suite_run, rewritten[None], head[None], 0.4)
+    torch.testing.assert_close(between[0], rewritten, atol=1e-5, rtol=1e-4)
     # Towards another head: the ends are the two classifiers.
     task, made = toy.zoo.split.unseen[0], toy.zoo.weights[1]
     features, _ = toy.data.test.of_task(task)
     texts = toy.data.embeddings[list(task)]
-    ends = [enhance.interpolate(suite_run, rewritten[None], made[None], factor)[0] for factor in (0.0, 1.0)]
+    ends = [enhance.interpolate_all(suite_run, rewritten[None], made[None], share)[0] for share in (0.0, 1.0)]
     for end, expected in zip(ends, (head, made), strict=True):
         logits = [class_logits(apply_heads(spec, x[None], features), texts, 1.0) for x in (end, expected)]
         torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
@@ -159,7 +160,6 @@ def test_a_training_that_diverges_is_an_error(toy: Toy, suite_run: SuiteRun) -> 
         ("strengths", [0.5, 1.1], "less than or equal to 1"),
         ("shares", [1.0], "less than 1"),
         ("shares", [0], "greater than 0"),
-        ("factors", [0.0], "greater than 0"),
         ("tasks", 1, "greater than or equal to 2"),
         ("starts", ["zoo"], "'base', 'universal' or 'default'"),
         ("samplers", [["ddim", 41]], "allowed are 1 to 40"),
@@ -170,9 +170,9 @@ def test_settings_that_mean_nothing_are_refused(setting: str, value: object, mes
         toy_preset(**{f"suites__enhance__{setting}": value})
 
 
-def test_the_report_has_two_tables_for_each_start(toy_suites: ToySuites) -> None:
+def test_the_report_has_three_tables_for_each_start(toy_suites: ToySuites) -> None:
     text = enhance.report(toy_suites.result("enhance"))
-    assert text.count("| --- |") == 4
-    assert text.count("\n| 10 % | mean/1 |") == text.count("\n| 50 % | ddim/3 |") == 4
+    assert text.count("| --- |") == 6
+    assert text.count("\n| 10 % | mean/1 |") == text.count("\n| 50 % | ddim/3 |") == 6
     assert "| stopped at | sampler | 0 | 0.4 | 0.8 | 1 |" in text
     assert "6 unseen tasks" in text

@@ -98,7 +98,6 @@ PRESET: dict[str, Any] = {
             "shares": [0.1, 0.5],
             "strengths": [0, 0.4, 0.8, 1],
             "samplers": [["mean", 1], ["ddim", 3]],
-            "factors": [0.3, 0.6],
             "bootstrap": 100,
         },
         "memorisation": {

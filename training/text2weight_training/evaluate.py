@@ -19,8 +19,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from text2weight.artifact import created_by
 from text2weight.descriptions import ConditionText
-from text2weight.generator import GenerationRequest, Generator, created_by
+from text2weight.generator import GenerationRequest, Generator
 from text2weight.text_encoder import load_text_encoder
 from text2weight_training.baselines import (
     accuracies,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from text2weight.artifact import created_by
 from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
 from text2weight.denoiser import Denoiser
-from text2weight.generator import BUNDLED_CONDITION_TEXT, BUNDLED_TEXT_ENCODER, created_by
+from text2weight.generator import BUNDLED_CONDITION_TEXT, BUNDLED_TEXT_ENCODER
 from text2weight.text_encoder import copy_embedding_table, load_text_encoder
 from text2weight.weight_space import WeightSpace
 from text2weight_training.presets import Preset

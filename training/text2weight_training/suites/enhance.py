@@ -1,8 +1,9 @@
 """What improves a head whose training was stopped early? After T2W's Fig. 6 (arXiv 2508.13633).
 
-Heads of unseen tasks are trained up to a share of the recipe `evaluation.oracle`, then enhanced at every strength.
-Beside them: the stopped head, a head generated from the text alone, interpolations of the two, and the stopped head
-trained on for the wall time that enhancing it took. Letters: M tasks, J heads of a task, P numbers in one head.
+Heads of unseen tasks are trained up to a share of the recipe `evaluation.oracle`, then enhanced at every strength by
+both ways of enhancement.py: interpolated with a generated head, or noised and denoised. Beside them: the stopped head,
+a head generated from the text alone, and the stopped head trained on for the wall time that enhancing it took.
+Letters: M tasks, J heads of a task, P numbers in one head.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from text2weight.enhancement import align
+from text2weight.enhancement import interpolate
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_from_requests, task_requests
 from text2weight_training.stacked import cosine_decay, initial_head
@@ -25,7 +26,7 @@ from text2weight_training.suites.figures import new_figure, plot_band, save_figu
 from text2weight_training.suites.tables import markdown_table, percent, points
 
 START_NAMES = {"base": "the base head", "universal": "the universal head", "default": "PyTorch's initialisation"}
-OTHERS = ("input", "generated", "interpolated", "continued")
+OTHERS = ("input", "generated", "noised", "continued")
 
 
 @dataclass(frozen=True)
@@ -144,47 +145,55 @@ def measure(
         bootstrap: of the M tasks.
 
     Returns:
-        accuracies: `enhanced` by strength, `interpolated` by factor, `continued`; `seconds`, wall time of enhancing
-        one head, and `continued_steps`, the training steps that fit into it; `chosen`, the accuracy of enhanced and
-        of interpolated heads where the strength or factor between 0 and 1 was chosen on other tasks (see `cross`),
-        and `gain`, that of the enhanced ones less each other method's.
+        accuracies: `interpolated` and `noised` by strength, `continued`; `seconds`, wall time of enhancing one head,
+        and `continued_steps`, the training steps that fit into it; `chosen`, the accuracy of either way where the
+        strength between 0 and 1 was chosen on other tasks (see `cross`), and `gain`, that of the interpolated heads
+        less each other method's.
     """
-    settings, given = run.preset.suites.enhance, stopped.heads[stop]
-    heads, seconds = enhance_all(run, tasks, given, sampler)
+    given = stopped.heads[stop]
+    heads, seconds = noise_all(run, tasks, given, sampler)
     steps = round(seconds / stopped.seconds)
-    enhanced = {strength: own_accuracy(run, tasks, rows) for strength, rows in heads.items()}
+    noised = {strength: own_accuracy(run, tasks, rows) for strength, rows in heads.items()}
     interpolated = {
-        factor: own_accuracy(run, tasks, interpolate(run, given, generated, factor)) for factor in settings.factors
+        strength: own_accuracy(run, tasks, interpolate_all(run, given, generated, strength)) for strength in heads
     }
-    best = cross([scores for strength, scores in enhanced.items() if 0 < strength < 1])
+    best = cross(between(interpolated))
     scores = {
         "input": own_accuracy(run, tasks, given),
         "generated": own_accuracy(run, tasks, generated),
-        "interpolated": cross(list(interpolated.values())),
+        "noised": cross(between(noised)),
         "continued": own_accuracy(run, tasks, train_on(run, tasks, given, stop, steps)),
     }
     return {
-        "enhanced": {f"{strength:g}": bootstrap.summary(values) for strength, values in enhanced.items()},
-        "interpolated": {f"{factor:g}": bootstrap.summary(values) for factor, values in interpolated.items()},
+        "interpolated": {f"{strength:g}": bootstrap.summary(values) for strength, values in interpolated.items()},
+        "noised": {f"{strength:g}": bootstrap.summary(values) for strength, values in noised.items()},
         "continued": bootstrap.summary(scores["continued"]),
         "seconds": seconds,
         "continued_steps": steps,
-        "chosen": {
-            "enhanced": bootstrap.summary(best),
-            "interpolated": bootstrap.summary(scores["interpolated"]),
-        },
+        "chosen": {"interpolated": bootstrap.summary(best), "noised": bootstrap.summary(scores["noised"])},
         "gain": {name: bootstrap.summary(best - scores[name]) for name in OTHERS},
     }
 
 
-def enhance_all(
+def between(scores: dict[float, np.ndarray]) -> list[np.ndarray]:
+    """What strengths between 0 and 1 give."""
+    return [values for strength, values in scores.items() if 0 < strength < 1]
+
+
+def noise_all(
     run: SuiteRun, tasks: list[Task], given: Tensor, sampler: tuple[str, int]
 ) -> tuple[dict[float, Tensor], float]:
-    """Given heads (M, P) enhanced at every strength, (M, P) each, and the wall time of one head between 0 and 1."""
+    """Given heads (M, P) noised and denoised at every strength, (M, P) each, and the wall time of one between 0 and 1.
+
+    Interpolating takes as many calls.
+    """
     plain = task_requests(run.data, tasks, *sampler, run.preset.seed)
     heads, times = {}, []
     for strength in run.preset.suites.enhance.strengths:
-        requests = [replace(request, given=head, strength=strength) for request, head in zip(plain, given, strict=True)]
+        requests = [
+            replace(request, given=head, strength=strength, method="noise")
+            for request, head in zip(plain, given, strict=True)
+        ]
         began = time.perf_counter()
         heads[strength] = generate_from_requests(run.generator, requests)
         if 0 < strength < 1:
@@ -192,13 +201,10 @@ def enhance_all(
     return heads, sum(times) / len(times)
 
 
-def interpolate(run: SuiteRun, given: Tensor, generated: Tensor, factor: float) -> Tensor:
-    """(1 - factor) given + factor generated (M, P), each given head first written as the generated one is."""
-    spec = run.preset.head
-    aligned = torch.stack(
-        [align(spec, made, head).apply(spec, head) for head, made in zip(given, generated, strict=True)]
-    )  # (M, P)
-    return torch.lerp(aligned, generated, factor)
+def interpolate_all(run: SuiteRun, given: Tensor, generated: Tensor, share: float) -> Tensor:
+    """Given heads (M, P) with a share of the generated ones (M, P): (M, P)."""
+    pairs = zip(given, generated, strict=True)
+    return torch.stack([interpolate(run.preset.head, head, made, share) for head, made in pairs])
 
 
 def train_on(run: SuiteRun, tasks: list[Task], given: Tensor, stop: int, steps: int) -> Tensor:
@@ -238,19 +244,18 @@ def _plot(run: SuiteRun, result: dict[str, Any]) -> None:
         for i, (share, stopped) in enumerate(entry["stopped"].items()):
             part, colour = stopped["samplers"][sampler], f"C{i}"
             label = f"stopped at {100 * float(share):g} %"
-            _draw_curve(axes, part["enhanced"], colour, marker="o", label=label)
-            ends = {"0": stopped["input"], "1": result["generated"][sampler]}
-            _draw_curve(axes, part["interpolated"] | ends, colour, marker="x", linestyle=":")
+            _draw_curve(axes, part["interpolated"], colour, marker="o", label=label)
+            _draw_curve(axes, part["noised"], colour, marker="x", linestyle=":")
             axes.axhline(100 * part["continued"]["value"], color=colour, linestyle="--", linewidth=0.8)
         axes.axhline(100 * entry["trained"]["value"], color="grey", label="trained to the end")
-        axes.set(title=f"from {START_NAMES[start]}, {sampler}", xlabel="strength; dotted: share of the generated head")
+        axes.set(title=f"from {START_NAMES[start]}, {sampler}", xlabel="strength; line: interpolated, dotted: noised")
     places[0].set_ylabel("top-1 accuracy, %; dashed: trained on")
     places[0].legend(fontsize="small")
     save_figure(figure, run.out / "enhance")
 
 
 def _draw_curve(axes: Any, entries: dict[str, Any], colour: str, **style: Any) -> None:
-    """Accuracies by strength or factor."""
+    """Accuracies by strength."""
     ordered = sorted((float(place), entry) for place, entry in entries.items())
     places, values = zip(*ordered, strict=True)
     plot_band(axes, places, values, 100, color=colour, **style)
@@ -261,22 +266,23 @@ def report(result: dict[str, Any]) -> str:
     made = ", ".join(f"{name} {percent(entry)}" for name, entry in result["generated"].items())
     text = (
         f"{result['tasks']} unseen tasks, heads stopped before all {result['steps']} steps of their training. Accuracy "
-        f"in %. Plain generation: {made}. *Enhanced* and *interpolated* have the strength and the factor, both "
-        f"between 0 and 1, that are best on the other half of the tasks; *trained on* took as long as enhancing. Gains "
-        f"are the enhanced head's over each of the others.\n"
+        f"in %. Plain generation: {made}. *Interpolated* and *noised* have the strength between 0 and 1 that is best "
+        f"on the other half of the tasks; *trained on* took as long as enhancing. Gains are the interpolated head's "
+        f"over each of the others.\n"
     )
     for start, entry in result["starts"].items():
         text += (
             f"\nTrained from {START_NAMES[start]}; to the end: {percent(entry['trained'])}; "
             f"{1e3 * entry['step_seconds']:.2f} ms per step and head.\n\n{_comparison(entry)}"
-            f"\nThe same, enhanced at each strength:\n\n{_sweep(entry)}"
+            f"\nInterpolated at each strength:\n\n{_sweep(entry, 'interpolated')}"
+            f"\nNoised at each strength:\n\n{_sweep(entry, 'noised')}"
         )
     return text
 
 
 def _comparison(entry: dict[str, Any]) -> str:
-    headings = ["stopped at", "sampler", "input", "interpolated", "trained on (steps)", "enhanced (ms)"]
-    headings += ["gain over input", "over generated", "over interpolated", "over trained on"]
+    headings = ["stopped at", "sampler", "input", "noised", "trained on (steps)", "interpolated (ms)"]
+    headings += ["gain over input", "over generated", "over noised", "over trained on"]
     rows = []
     for share, stopped in entry["stopped"].items():
         for sampler, part in stopped["samplers"].items():
@@ -285,21 +291,21 @@ def _comparison(entry: dict[str, Any]) -> str:
                     f"{100 * float(share):g} %",
                     sampler,
                     percent(stopped["input"]),
-                    percent(part["chosen"]["interpolated"]),
+                    percent(part["chosen"]["noised"]),
                     f"{percent(part['continued'])} ({part['continued_steps']})",
-                    f"{percent(part['chosen']['enhanced'])} ({1e3 * part['seconds']:.1f})",
+                    f"{percent(part['chosen']['interpolated'])} ({1e3 * part['seconds']:.1f})",
                     *(points(part["gain"][name]) for name in OTHERS),
                 ]
             )
     return markdown_table(headings, rows)
 
 
-def _sweep(entry: dict[str, Any]) -> str:
+def _sweep(entry: dict[str, Any], way: str) -> str:
     rows = []
     strengths: list[str] = []
     for share, stopped in entry["stopped"].items():
         for sampler, part in stopped["samplers"].items():
-            strengths = list(part["enhanced"])
-            values = [f"{100 * part['enhanced'][strength]['value']:.2f}" for strength in strengths]
+            strengths = list(part[way])
+            values = [f"{100 * part[way][strength]['value']:.2f}" for strength in strengths]
             rows.append([f"{100 * float(share):g} %", sampler, *values])
     return markdown_table(["stopped at", "sampler", *strengths], rows)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from text2weight.generator import created_by
+from text2weight.artifact import created_by
 from text2weight_training.evaluate import load_generator
 from text2weight_training.files import atomic_path, read_kept
 from text2weight_training.presets import Preset

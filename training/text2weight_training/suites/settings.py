@@ -262,7 +262,6 @@ class EnhanceSettings(SuiteSettings):
         shares: after which shares of `evaluation.oracle.steps` it is stopped.
         strengths: at least one of them between 0 and 1.
         samplers: (sampler, steps) pairs.
-        factors: shares of the generated head when it is interpolated with the stopped one.
     """
 
     tasks: Annotated[int, Field(ge=2)] = 100
@@ -272,7 +271,6 @@ class EnhanceSettings(SuiteSettings):
         0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
     )  # fmt: skip
     samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1), ("ddim", 20)), min_length=1)
-    factors: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75, 0.9), min_length=1)
 
     @field_validator("strengths")
     @classmethod
