@@ -95,7 +95,7 @@ def say_written(path: Path, result: GeneratedHead | GeneratedHeads) -> None:
     metadata = heads[0].metadata
     count = f"{len(heads)} heads for " if len(heads) > 1 else ""
     facts = [f"{count}{len(result.classes)} classes"]
-    facts += [f"{key} {metadata[key]}" for key in ("sampler", "steps", "strength") if key in metadata]
+    facts += [f"{key} {metadata[key]}" for key in ("sampler", "steps", "method", "strength") if key in metadata]
     seeds = [head.metadata["seed"] for head in heads if "seed" in head.metadata]
     facts += [f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"] if seeds else []
     typer.echo(f"wrote {path} ({path.stat().st_size / 1000:.0f} kB): {', '.join(facts)}")

@@ -143,7 +143,9 @@ def enhance(
     ] = None,
     method: Annotated[
         EnhanceMethod | None,
-        typer.Option(help="interpolate, the default, with a generated head; noise: hide it in noise and denoise it."),
+        typer.Option(
+            help="interpolate with a generated head, or noise the head and denoise it. What suits it if not given."
+        ),
     ] = None,
     seed: SeedOption = None,
     steps: StepsOption = None,

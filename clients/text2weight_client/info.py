@@ -77,7 +77,7 @@ class Features:
     Attributes:
         guidance: takes a guidance scale.
         descriptions: takes descriptions of classes.
-        enhance_reads_given: its denoiser reads the head that `enhance` is given.
+        enhance_reads_given: its denoiser reads the head that `enhance` is given, where that goes by noise.
         classify: it holds its backbone, so that the service can classify images.
     """
 

@@ -47,7 +47,7 @@ class EnhanceOptions(SamplingOptions, total=False):
 
     Attributes:
         method: "interpolate" goes a share of the way to a generated head; "noise" hides a share of the head in noise
-            and denoises it.
+            and denoises it; absent, the service takes what suits the head.
     """
 
     method: EnhanceMethod | None

@@ -4,7 +4,8 @@
 different ways, and heads of one family can be averaged (model soups, arXiv 2203.05482). "noise" is SDEdit
 (arXiv 2108.01073): a head at timestep t0 = strength * N keeps sqrt(abar_t0) of itself, and the sampler starts there in
 place of N. The T2W paper (arXiv 2508.13633) noises by all N steps, which leaves nothing of the head: docs/method.md.
-Letters: P numbers in one head, h hidden units.
+Heads of another family lie in another valley, where averages are worse than either: those are noised unless told
+otherwise. Letters: P numbers in one head, h hidden units.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ EnhanceMethod = Literal["interpolate", "noise"]
 # In the space's scales: PyTorch's initial heads reach 150 in the bundled checkpoint. Numbers far above would overflow
 # inside the denoiser and come back as a head that is not finite.
 MAX_DEVIATION = 1e6
+# Root mean square of the space's numbers from which a head is of another family. The zoo's heads are at 1; heads that
+# are trained from the universal head come to 1.8, those of other starts stay above 3.3 (docs/results.md).
+FAR = 2.5
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,17 @@ class Start:
         return self.alignment.undo(spec, weights)
 
 
-def start_timestep(schedule: NoiseSchedule, strength: float, method: EnhanceMethod) -> int:
-    """t0: N where a whole head is generated, 0 where nothing is, else strength * N, rounded to whole timesteps."""
+def choose_method(spec: HeadSpec, space: WeightSpace, given: Tensor) -> EnhanceMethod:
+    """What suits a head (P,): "interpolate" if it is of the anchor's family, else "noise"."""
+    aligned = align(spec, space.anchor, given).apply(spec, given)  # (P,)
+    return "interpolate" if float(space.standardise(aligned).square().mean().sqrt()) < FAR else "noise"
+
+
+def start_timestep(schedule: NoiseSchedule, strength: float, method: EnhanceMethod | None) -> int:
+    """t0: N where a whole head is generated, 0 where nothing is, else strength * N, rounded to whole timesteps.
+
+    At most N where the method is yet to be chosen.
+    """
     share = strength if method == "noise" else math.ceil(strength)
     return round(share * schedule.num_timesteps)
 
@@ -140,7 +153,7 @@ def choose_start(
     schedule: NoiseSchedule,
     given: Tensor | None,
     strength: float,
-    method: EnhanceMethod,
+    method: EnhanceMethod | None,
 ) -> Start:
     """Where to begin for a given head and a strength.
 
@@ -151,7 +164,7 @@ def choose_start(
         given: (P,) flat weights on the CPU, written in any of the ways that `align` undoes: the denoiser knows heads
             as they look beside the anchor. None for plain generation.
         strength: 0..1, see `start_timestep`.
-        method: how the given head is enhanced.
+        method: how the given head is enhanced; None without one.
 
     Returns:
         at strength 1 the start of plain generation, in which the given head has no part: the sqrt(abar_N) that noising

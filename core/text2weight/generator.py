@@ -34,7 +34,7 @@ from text2weight.condition import (
 )
 from text2weight.cuda_graphs import GraphedDenoiser
 from text2weight.descriptions import ConditionText, Descriptions, describe_classes
-from text2weight.enhancement import EnhanceMethod, check_fits, check_given, choose_start, heads_to_read
+from text2weight.enhancement import EnhanceMethod, check_fits, check_given, choose_method, choose_start, heads_to_read
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.outside import OutsideNames
 from text2weight.samplers import check_sampler, make_plan
@@ -76,7 +76,7 @@ class GenerationRequest:
             head is that of plain generation.
         method: between, "interpolate" goes a share of the way to the head of plain generation; "noise" noises the given
             head by that share of the schedule and denoises it, by `steps` calls or as many as there are timesteps
-            below ("mean" makes its one call there).
+            below ("mean" makes its one call there). None takes what suits the head: `enhancement.choose_method`.
         condition_text: what the denoiser reads in place of `embeddings`, such as descriptions of the classes; None
             for what the checkpoint was trained with.
         emphasis: (K,) positive factors of the classes' shares in the pooled condition; None for equal ones.
@@ -91,7 +91,7 @@ class GenerationRequest:
     guidance_scale: float = 1.0
     given: Tensor | None = None
     strength: float = 1.0
-    method: EnhanceMethod = "interpolate"
+    method: EnhanceMethod | None = None
     condition_text: ConditionText | None = None
     emphasis: Tensor | None = None
     template: str | None = None
@@ -208,7 +208,7 @@ class Generator:
         classes: Sequence[str],
         *,
         strength: float,
-        method: EnhanceMethod = "interpolate",
+        method: EnhanceMethod | None = None,
         seed: int = 0,
         steps: int | None = None,
         sampler: str | None = None,
@@ -385,6 +385,8 @@ class Generator:
             emphasis = pad_embeddings([request.emphasis.float()[:, None]], capacity)[0][..., 0]  # (1, K)
         condition = condition_on_classes(padded, mask, emphasis)
         given = None if request.given is None else request.given.detach().cpu()  # (P,)
+        if given is not None and request.method is None:
+            request = replace(request, method=choose_method(self.config.head, self._space_on_cpu, given))
         schedule = self.config.schedule
         start = choose_start(self.config.head, self._space_on_cpu, schedule, given, request.strength, request.method)
         if self.config.denoiser.reads_given:
@@ -484,7 +486,7 @@ class Generator:
         if reach != 1:
             metadata["reach"] = repr(reach)
         if request.given is not None:
-            metadata |= {"strength": repr(float(request.strength)), "method": request.method}
+            metadata |= {"strength": repr(float(request.strength)), "method": str(request.method)}
         if request.condition_text is not None:
             metadata["condition_text"] = request.condition_text.source
             if request.condition_text.in_classifier:

@@ -69,7 +69,7 @@ class Features(BaseModel):
 
     guidance: bool = Field(description="a guidance_scale other than 1")
     descriptions: bool = Field(description="descriptions: the text encoder takes any text")
-    enhance_reads_given: bool = Field(description="/enhance shows the given head to the network")
+    enhance_reads_given: bool = Field(description="/enhance by noise shows the given head to the network")
     classify: bool = Field(description="/classify: the checkpoint holds its backbone")
 
 

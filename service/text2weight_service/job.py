@@ -39,7 +39,7 @@ class Job:
         emphasis: a factor of each class's share in the pooled condition, or None.
         given: (P,) the head to enhance, or None.
         strength: how far to go from the given head.
-        method: how the given head is enhanced.
+        method: how the given head is enhanced; None for what suits it.
         reusable: whether the head is worth keeping: the caller gave the seed and may ask for the same again.
     """
 
@@ -56,7 +56,7 @@ class Job:
     emphasis: Tensor | None = None
     given: Tensor | None = None
     strength: float = 1.0
-    method: EnhanceMethod = "interpolate"
+    method: EnhanceMethod | None = None
     reusable: bool = True
 
 

@@ -132,10 +132,10 @@ class EnhanceRequest(SamplingFields):
     strength: float = Field(
         ge=0, le=1, description="0 returns the head's weights, 1 forgets them and equals /generate", examples=[0.3]
     )
-    method: EnhanceMethod = Field(
-        default="interpolate",
+    method: EnhanceMethod | None = Field(
+        default=None,
         description="interpolate goes that share of the way to the head of /generate; noise hides that share of the "
-        "head in noise and denoises it",
+        "head in noise and denoises it; absent, what suits the head",
     )
     classes: Names | None = Field(default=None, description="class names; those of the head if absent")
 

@@ -115,8 +115,9 @@ def test_enhance_sends_the_head_as_it_is(call: Call, make_head: Any) -> None:
     assert json.loads(content(request)) == {"strength": 0.3, **OPTIONS}
     assert described(head) == ("head", "head.safetensors", "application/octet-stream")
     assert content(head) == given.to_bytes()
-    call(script, "enhance", given, 1, classes=("x", "y"))
-    assert json.loads(content(parts(script.requests[1])[0]))["classes"] == ["x", "y"]
+    call(script, "enhance", given, 1, classes=("x", "y"), method="noise")
+    body = json.loads(content(parts(script.requests[1])[0]))
+    assert (body["classes"], body["method"]) == (["x", "y"], "noise")
 
 
 def test_multipart_is_sent_again_whole(call: Call, make_head: Any, sleeps: list[float]) -> None:

@@ -107,6 +107,7 @@ def test_generate_can_be_watched(
         (["fuse", "a, b", "c, d", "--method", "mean"], "'mean' is not one of"),
         (["enhance", "head.safetensors"], "Missing option '--strength'"),
         (["enhance", "head.safetensors", "--strength", "1.5"], "--strength"),
+        (["enhance", "head.safetensors", "--strength", "0.5", "--method", "ties"], "--method"),
     ],
 )
 def test_input_to_correct_is_code_2(
@@ -166,6 +167,10 @@ def test_enhance(local_service: Any, reply: Any, make_head: Any, tmp_path: Path)
     assert GeneratedHead.load(given).to_bytes() in raw
     assert GeneratedHead.load(path).metadata["seed"] == "2"
     assert "strength 0.3, seed 2" in result.output
+    assert b"method" not in raw
+    local_service.play(reply(body=make_head()))
+    run("enhance", given, "--strength", "0.3", "--method", "noise", "-o", path)
+    assert b'"method": "noise"' in local_service.requests[1]["raw"]
 
 
 def test_info_as_a_table(local_service: Any, reply: Any) -> None:

@@ -96,6 +96,22 @@ def test_interpolation_goes_a_share_of_the_way_to_the_generated_head(generator: 
     torch.testing.assert_close(flat(enhanced), expected, **CLOSE)
 
 
+@pytest.mark.parametrize(("distance", "method"), [(0.0, "interpolate"), (2.0, "interpolate"), (6.0, "noise")])
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
+def test_heads_of_another_family_are_noised_unless_told_otherwise(
+    generator: Generator, distance: float, method: EnhanceMethod, strength: float
+) -> None:
+    """By the distance to the anchor, in the zoo heads' spread, once units and length are the anchor's."""
+    space = tiny_space()
+    deviation = F.normalize(torch.randn(P, generator=torch.Generator().manual_seed(1)), dim=0) * math.sqrt(P)
+    given = permute_units(TINY_SPEC, space.restore((distance * deviation)[None])[0], ORDER)
+    options = {"strength": strength, "seed": 3, "steps": 4, "sampler": "ddim"}
+    enhanced = generator.enhance(artifact_of(given), CLASSES, **options)  # type: ignore[arg-type]
+    assert enhanced.metadata["method"] == method
+    told = generator.enhance(artifact_of(given), CLASSES, method=method, **options)  # type: ignore[arg-type]
+    assert enhanced.to_bytes() == told.to_bytes()
+
+
 def test_units_are_paired_with_the_generated_heads() -> None:
     """With those of the head that is averaged, not with the anchor's, which may be far from both."""
     made = torch.randn(P, generator=torch.Generator().manual_seed(5))
