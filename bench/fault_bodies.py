@@ -52,7 +52,7 @@ FIELDS: dict[str, Any] = {
 }
 # The JSON part and the number of heads and pictures of each route that takes files.
 UPLOADS: dict[str, tuple[dict[str, Any] | None, int, int]] = {
-    "/enhance": ({"strength": 0.5, "seed": 7, "steps": 2, "sampler": "ddim"}, 1, 0),
+    "/enhance": ({"strength": 0.5, "method": "noise", "seed": 7, "steps": 2, "sampler": "ddim"}, 1, 0),
     "/fuse": ({"tasks": FIELDS["tasks"], "method": "average"}, 2, 0),
     "/classify": (None, 1, 1),
 }

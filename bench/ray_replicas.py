@@ -1,14 +1,15 @@
 """The service under Ray Serve on this machine: one replica, more under load, one of them killed, fewer when it is over.
 
-All replicas share one Redis. Prints JSON: when each replica took requests, what became of the requests, how many heads
-were computed anew when all were asked for once more (none should), and how long after the load the surplus replicas
-were gone. Run it with: python -m bench.ray_replicas
+All replicas share one Redis. Prints JSON: when each replica took requests, what became of the requests, where heads
+that were asked for once more were found (all should be, in the memory of the replica that was asked or in Redis), and
+how long after the load the surplus replicas were gone. Run it with: python -m bench.ray_replicas
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,22 +37,28 @@ from text2weight_service.ray_app import Scale, build
 Series = tuple[str, ...]
 HEADS: Series = ("t2w_heads_generated_total",)
 STARTED: Series = ("process_start_time_seconds",)
-REPEATS: dict[str, Series] = {
-    "computed_anew": HEADS,
-    "found_in_memory": ("t2w_head_cache_lookups_total", "hit", "memory"),
-    "found_in_redis": ("t2w_head_cache_lookups_total", "hit", "redis"),
-}
+IN_MEMORY: Series = ("t2w_head_cache_lookups_total", "hit", "memory")
+IN_REDIS: Series = ("t2w_head_cache_lookups_total", "hit", "redis")
 
 NICENESS = "RAY_worker_niceness"
 POLL_S = 0.2
 # Ray hears of the load every 10 s and averages it over 30 s; a replica that it adds has a model to load.
-PHASE_S = 300.0
+PHASE_S = 150.0
 METRICS_S = 30.0
 # Each replica takes few requests at once, so that a few callers are a load that asks for more replicas.
 BATCH = 4
-REDIS_TIMEOUT_S = 5.0
 STEPS = 20
 MAX_RETRIES = 8
+# What is to be seen is that no request is lost and that heads are shared, however slow the machine.
+SETTINGS = {
+    "T2W_ALLOW_ANONYMOUS": "true",  # on loopback
+    "T2W_MAX_BATCH_SIZE": str(BATCH),
+    "T2W_TORCH_THREADS": "1",
+    "T2W_REQUEST_TIMEOUT_S": f"{PHASE_S:g}",
+    "T2W_REDIS_TIMEOUT_S": f"{PHASE_S:g}",
+    # Else Ray's workers stand back behind everything else on the machine, and take minutes to start on a busy one.
+    NICENESS: "0",
+}
 
 
 @dataclass
@@ -89,12 +96,21 @@ class Load:
 
     def ask(self, seed: int) -> None:
         # A client for each request: over a kept connection all would reach one replica.
-        with Client(self.url, max_retries=MAX_RETRIES) as client:
+        with Client(self.url, max_retries=MAX_RETRIES, timeout_s=PHASE_S) as client:
             try:
                 client.generate(self.names, seed=seed, sampler="ddim", steps=STEPS)
                 self.answered.append(seed)
             except Text2WeightClientError as error:
                 self.lost.append(str(error))
+
+
+class RetryCounter(logging.Handler):
+    """Counts the attempts that clients made again."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "failed, the next is in" in record.getMessage()
 
 
 def main() -> int:
@@ -105,16 +121,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=50, help="heads asked for once more (default: %(default)s)")
     parser.add_argument("--names", nargs="+", default=["apple", "bus", "lizard"])
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    os.environ |= SETTINGS
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         redis = RedisProcess(Path(folder))
+        stack.callback(redis.kill)
         redis.start()
-        # On loopback, see below. That heads are shared is to be seen, not how long a busy machine takes for it.
-        settings = {"ALLOW_ANONYMOUS": "true", "MAX_BATCH_SIZE": str(BATCH)}
-        settings |= {"REDIS_URL": redis.url, "REDIS_TIMEOUT_S": f"{REDIS_TIMEOUT_S:g}"}
-        os.environ |= {f"T2W_{name}": value for name, value in settings.items()}
-        os.environ.setdefault("T2W_TORCH_THREADS", "1")
-        # Else Ray's processes stand back behind all others, and take minutes to start on a busy machine.
-        os.environ[NICENESS] = "0"
+        os.environ["T2W_REDIS_URL"] = redis.url
+        stack.callback(ray.shutdown)
         ray.init(
             num_cpus=2 * options.replicas,
             object_store_memory=100_000_000,
@@ -122,12 +135,8 @@ def main() -> int:
             log_to_driver=False,
             configure_logging=False,
         )
-        try:
-            result = measure(options)
-        finally:
-            serve.shutdown()
-            ray.shutdown()
-            redis.kill()
+        stack.callback(serve.shutdown)
+        result = measure(options)
     print(json.dumps(result), flush=True)
     return 1 if result["lost"] else 0
 
@@ -135,6 +144,8 @@ def main() -> int:
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Every phase in turn, on a cluster that runs."""
     port, most = free_port(), options.replicas
+    retries = RetryCounter()
+    logging.getLogger("text2weight_client").addHandler(retries)
     started = time.monotonic()
     serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"})
     serve.run(build(Scale(max_replicas=most, upscale_delay_s=0, downscale_delay_s=0)))
@@ -146,12 +157,12 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         victim = replica_processes()[0]
         victim.kill()
         replaced_s = wait_until(lambda: not victim.is_running() and all_compute(load.url, most))
-    requests = len(load.answered) + len(load.lost)
-    repeats = load.answered[-options.repeats :]
-    before = replica_metrics(load.url, most)
-    for seed in repeats:
-        load.ask(seed)
-    after = replica_metrics(load.url, most)
+        # While the load goes on, so that no replica is ended; its own heads are all new.
+        repeats = load.answered[-options.repeats :]
+        before = replica_metrics(load.url, most)
+        for seed in repeats:
+            load.ask(seed)
+        after = replica_metrics(load.url, most)
     shrunk_s = wait_until(lambda: len(replica_processes()) == 1)
     return {
         "replicas": most,
@@ -159,12 +170,14 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "all_compute_s": round(grown_s, 1),
         "killed_is_replaced_s": round(replaced_s, 1),
         "one_is_left_s": round(shrunk_s, 1),
-        "requests": requests,
+        "requests": len(load.answered) + len(load.lost),
+        "sent_again": retries.count,
         "lost": len(load.lost),
         "failures": sorted(set(load.lost)),
         "computed_by": sorted(int(metrics[HEADS]) for metrics in after.values()),
         "repeats": len(repeats),
-        **{name: total(after, key) - total(before, key) for name, key in REPEATS.items()},
+        "found_in_memory": total(after, IN_MEMORY) - total(before, IN_MEMORY),
+        "found_in_redis": total(after, IN_REDIS) - total(before, IN_REDIS),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -187,21 +200,30 @@ def all_compute(url: str, count: int) -> bool:
     """Whether there are so many replicas, and all have computed heads."""
     if len(replica_processes()) != count:
         return False
-    found = replica_metrics(url, count)
-    return len(found) == count and all(metrics[HEADS] for metrics in found.values())
+    try:
+        return all(metrics[HEADS] for metrics in replica_metrics(url, count).values())
+    except TimeoutError:
+        return False
 
 
 def replica_metrics(url: str, count: int) -> dict[float, dict[Series, float]]:
-    """Metrics of every replica, by the time at which its process started; of fewer where not all answer in time."""
+    """Metrics of so many replicas, by the time at which their processes started.
+
+    Raises:
+        TimeoutError: fewer answer.
+    """
     found: dict[float, dict[Series, float]] = {}
     end = time.monotonic() + METRICS_S
-    while len(found) < count and time.monotonic() < end:
+    while len(found) < count:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{len(found)} of {count} replicas answer")
         # Each time over a new connection, which any of them may answer.
-        response = httpx.get(f"{url}/metrics", timeout=METRICS_S)
-        if response.status_code == httpx.codes.OK:
+        with suppress(httpx.HTTPError):
+            response = httpx.get(f"{url}/metrics", timeout=METRICS_S).raise_for_status()
             samples = [each for family in text_string_to_metric_families(response.text) for each in family.samples]
             metrics = {(each.name, *sorted(each.labels.values())): each.value for each in samples}
             found[metrics[STARTED]] = metrics
+        time.sleep(POLL_S)
     return found
 
 

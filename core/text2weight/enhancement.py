@@ -4,8 +4,8 @@
 different ways, and heads of one family can be averaged (model soups, arXiv 2203.05482). "noise" is SDEdit
 (arXiv 2108.01073): a head at timestep t0 = strength * N keeps sqrt(abar_t0) of itself, and the sampler starts there in
 place of N. The T2W paper (arXiv 2508.13633) noises by all N steps, which leaves nothing of the head: docs/method.md.
-Heads of another family lie in another valley, where averages are worse than either: those are noised unless told
-otherwise. Letters: P numbers in one head, h hidden units.
+Heads of another family lie in another valley, where averages are worse than the generated head: those are noised unless
+told otherwise. Letters: P numbers in one head, h hidden units.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from text2weight.condition import GivenHeads
@@ -31,9 +32,9 @@ EnhanceMethod = Literal["interpolate", "noise"]
 # In the space's scales: PyTorch's initial heads reach 150 in the bundled checkpoint. Numbers far above would overflow
 # inside the denoiser and come back as a head that is not finite.
 MAX_DEVIATION = 1e6
-# Root mean square of the space's numbers from which a head is of another family. The zoo's heads are at 1; heads that
-# are trained from the universal head come to 1.8, those of other starts stay above 3.3 (docs/results.md).
-FAR = 2.5
+# Cosine with the anchor from which a head is of its family. On the zoo of docs/results.md, heads that are trained from
+# the universal head stay above 0.75, those of other starts below 0.3.
+FAMILY = 0.5
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,16 @@ class Start:
         return self.alignment.undo(spec, weights)
 
 
-def choose_method(spec: HeadSpec, space: WeightSpace, given: Tensor) -> EnhanceMethod:
-    """What suits a head (P,): "interpolate" if it is of the anchor's family, else "noise"."""
-    aligned = align(spec, space.anchor, given).apply(spec, given)  # (P,)
-    return "interpolate" if float(space.standardise(aligned).square().mean().sqrt()) < FAR else "noise"
+def choose_method(spec: HeadSpec, anchor: Tensor, given: Tensor) -> EnhanceMethod:
+    """What suits a head (P,): "interpolate" if it is of the anchor's (P,) family, else "noise"."""
+    aligned = align(spec, anchor, given).apply(spec, given)  # (P,)
+    return "interpolate" if float(F.cosine_similarity(aligned, anchor, dim=0)) > FAMILY else "noise"
 
 
 def start_timestep(schedule: NoiseSchedule, strength: float, method: EnhanceMethod | None) -> int:
     """t0: N where a whole head is generated, 0 where nothing is, else strength * N, rounded to whole timesteps.
 
-    At most N where the method is yet to be chosen.
+    Where the method is yet to be chosen, the greatest it may come to.
     """
     share = strength if method == "noise" else math.ceil(strength)
     return round(share * schedule.num_timesteps)
@@ -191,23 +192,31 @@ def heads_to_read(starts: Sequence[Start], size: int) -> GivenHeads:
     return GivenHeads(torch.stack(rows), torch.tensor([start.clean is not None for start in starts]))
 
 
-def check_given(spec: HeadSpec, space: WeightSpace, given: Tensor | None, strength: float) -> None:
-    """Refuse a given head and a strength that nothing can be computed from.
+def check_given(spec: HeadSpec, space: WeightSpace, given: Tensor | None, strength: float, method: str | None) -> None:
+    """Refuse a given head, a strength and a method that nothing can be computed from.
 
     Args:
         spec: the heads' specification.
         space: the weight space, on the CPU.
         given: see `choose_start`.
         strength: likewise.
+        method: None for what suits the head.
 
     Raises:
-        InvalidInputError: field "strength" or "head".
+        InvalidInputError: field "strength", "method" or "head".
     """
+    if method is not None and method not in get_args(EnhanceMethod):
+        allowed = " and ".join(get_args(EnhanceMethod))
+        raise InvalidInputError(
+            "method", f"method is {method!r}: allowed are {allowed}, or none for what suits the head"
+        )
     if not 0 <= strength <= 1:  # not a number is refused too
         raise InvalidInputError("strength", f"strength is {strength}: allowed are 0 to 1")
     if given is None:
         if strength != 1:
             raise InvalidInputError("strength", f"strength is {strength} without a head: give one, or leave it at 1")
+        if method is not None:
+            raise InvalidInputError("method", f"method is {method!r} without a head: give one, or no method")
         return
     if tuple(given.shape) != (spec.num_parameters,) or given.dtype != torch.float32:
         raise InvalidInputError(

@@ -107,7 +107,7 @@ class DenoiserCall:
         items: positions in the batch of the b requests that made this call.
         timesteps: (b,) n.
         samples: (b, P) x_n, before the call.
-        estimates: (b, P) the estimates of x_0, as far from the anchor as the head that is returned would be.
+        estimates: (b, P) the estimates of x_0, as far from the anchor as the sampled head would be.
     """
 
     items: tuple[int, ...]
@@ -335,7 +335,7 @@ class Generator:
             raise InvalidInputError("seed", f"seed is {request.seed}: allowed are 0 to {MAX_SEED}")
         check_sampler(request.sampler, request.steps, self.config.schedule.num_timesteps)
         self._check_guidance(request.guidance_scale)
-        check_given(self.config.head, self._space_on_cpu, request.given, request.strength)
+        check_given(self.config.head, self._space_on_cpu, request.given, request.strength, request.method)
         if request.emphasis is not None and tuple(request.emphasis.shape) != (len(request.classes),):
             raise InvalidInputError("tasks", f"emphasis is {tuple(request.emphasis.shape)}: give one factor per class")
         expected = (len(request.classes), self.config.denoiser.embedding_dim)
@@ -386,7 +386,7 @@ class Generator:
         condition = condition_on_classes(padded, mask, emphasis)
         given = None if request.given is None else request.given.detach().cpu()  # (P,)
         if given is not None and request.method is None:
-            request = replace(request, method=choose_method(self.config.head, self._space_on_cpu, given))
+            request = replace(request, method=choose_method(self.config.head, self.anchor, given))
         schedule = self.config.schedule
         start = choose_start(self.config.head, self._space_on_cpu, schedule, given, request.strength, request.method)
         if self.config.denoiser.reads_given:

@@ -96,15 +96,14 @@ def test_interpolation_goes_a_share_of_the_way_to_the_generated_head(generator: 
     torch.testing.assert_close(flat(enhanced), expected, **CLOSE)
 
 
-@pytest.mark.parametrize(("distance", "method"), [(0.0, "interpolate"), (2.0, "interpolate"), (6.0, "noise")])
+@pytest.mark.parametrize(("share", "method"), [(1.0, "interpolate"), (0.7, "interpolate"), (-1.0, "noise")])
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
 def test_heads_of_another_family_are_noised_unless_told_otherwise(
-    generator: Generator, distance: float, method: EnhanceMethod, strength: float
+    generator: Generator, share: float, method: EnhanceMethod, strength: float
 ) -> None:
-    """By the distance to the anchor, in the zoo heads' spread, once units and length are the anchor's."""
-    space = tiny_space()
-    deviation = F.normalize(torch.randn(P, generator=torch.Generator().manual_seed(1)), dim=0) * math.sqrt(P)
-    given = permute_units(TINY_SPEC, space.restore((distance * deviation)[None])[0], ORDER)
+    """By the cosine with the anchor, once the order of the units is the anchor's."""
+    deviation = torch.randn(P, generator=torch.Generator().manual_seed(1))
+    given = permute_units(TINY_SPEC, share * tiny_space().anchor + 0.3 * deviation, ORDER)
     options = {"strength": strength, "seed": 3, "steps": 4, "sampler": "ddim"}
     enhanced = generator.enhance(artifact_of(given), CLASSES, **options)  # type: ignore[arg-type]
     assert enhanced.metadata["method"] == method
@@ -233,8 +232,10 @@ def request_for(
     method: EnhanceMethod = "noise",
 ) -> GenerationRequest:
     embeddings = generator.text_encoder.encode(generator.prompts(classes))
-    request = GenerationRequest(classes, embeddings, seed, steps_of(sampler), sampler, method=method)
-    return request if strength is None else replace(request, given=trained_head(seed), strength=strength)
+    request = GenerationRequest(classes, embeddings, seed, steps_of(sampler), sampler)
+    if strength is None:
+        return request
+    return replace(request, given=trained_head(seed), strength=strength, method=method)
 
 
 ITEMS = st.tuples(
@@ -300,6 +301,14 @@ def test_heads_without_biases_are_enhanced_too(tmp_path: Path) -> None:
 
 
 class TestRefusals:
+    def test_methods_that_do_not_exist_or_have_no_head(self, generator: Generator) -> None:
+        with pytest.raises(InvalidInputError, match="'average': allowed are interpolate and noise, or none") as caught:
+            generator.enhance(artifact_of(trained_head()), CLASSES, strength=0.5, method="average")  # type: ignore[arg-type]
+        assert caught.value.field == "method"
+        with pytest.raises(InvalidInputError, match="'noise' without a head") as caught:
+            generator.generate_batch([replace(request_for(generator, CLASSES, "mean", 0, None), method="noise")])
+        assert caught.value.field == "method"
+
     @pytest.mark.parametrize("strength", [-0.01, 1.01, math.nan, math.inf, -math.inf])
     def test_strength_out_of_range(self, generator: Generator, strength: float) -> None:
         with pytest.raises(InvalidInputError, match="allowed are 0 to 1") as caught:

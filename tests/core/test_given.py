@@ -16,6 +16,7 @@ from text2weight import GenerationRequest, Generator, HeadArtifact
 from text2weight.condition import Condition, GivenHeads, stack_conditions
 from text2weight.denoiser import Denoiser, DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
+from text2weight.enhancement import interpolate
 from text2weight.head import HeadSpec
 from text2weight.samplers import SAMPLERS
 from text2weight.weight_tokens import permute_units
@@ -180,6 +181,13 @@ def test_the_generator_shows_the_aligned_head_at_every_call(
         hidden = TINY_SPEC.hidden_dim * (TINY_SPEC.input_dim + 1)
         expected = generator._space_on_cpu.standardise(given_head())
         torch.testing.assert_close(seen.weights[0, :hidden], expected[:hidden], **CLOSE)
+
+
+def test_interpolation_is_with_the_head_that_plain_generation_makes(generator: Generator) -> None:
+    """The network is not shown the head: it would answer something between the two already."""
+    asked = replace(request_for(generator, 0.3), method="interpolate")
+    enhanced, plain = (flat(generator.generate_batch([each])[0]) for each in (asked, request_for(generator, None)))
+    torch.testing.assert_close(enhanced, interpolate(TINY_SPEC, given_head(), plain, 0.3))
 
 
 @given(

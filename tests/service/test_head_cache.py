@@ -138,10 +138,12 @@ def test_whatever_changes_the_head_changes_its_key(model: FakeModel) -> None:
     given = replace(plain, given=torch.ones(SPEC.num_parameters))
     keys["other head"] = plan_work(model, given).key
     keys["strength"] = plan_work(model, replace(given, strength=0.5)).key
+    keys["method"] = plan_work(model, replace(given, strength=0.5, method="noise")).key
     model.checkpoint_hash = "another"
     keys["checkpoint"] = plan_work(model, plain).key
     assert len(set(keys.values())) == len(keys)
-    assert set(CHANGES) >= set(Job.__dataclass_fields__) - {"request_id", "deadline", "strength", "reusable"}
+    others = {"request_id", "deadline", "reusable", "strength", "method"}
+    assert set(CHANGES) >= set(Job.__dataclass_fields__) - others
 
 
 def test_what_does_not_change_the_head_does_not_change_its_key(model: FakeModel) -> None:

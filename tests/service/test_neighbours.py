@@ -16,6 +16,7 @@ from text2weight import GenerationRequest, Generator
 from text2weight.artifact import HeadArtifact, read_head
 from text2weight.checkpoint import bundled_checkpoint, read_config
 from text2weight.denoiser import DenoiserConfig
+from text2weight.enhancement import EnhanceMethod
 from text2weight.weight_tokens import permute_units
 from text2weight_service.call_watch import CallWatch
 from text2weight_service.engine import Engine
@@ -34,8 +35,9 @@ ASKED = st.tuples(
     st.lists(st.sampled_from(NAMES), min_size=2, max_size=10, unique=True),
     st.sampled_from([1.0, 1.0, 0.0, 2.5]),  # guidance scale
     st.sampled_from([None, None, 0.0, 0.4, 1.0]),  # strength; None gives no head to enhance
+    st.sampled_from([None, "interpolate", "noise"]),  # how it is enhanced
 )
-Asked = tuple[int, tuple[str, int], int, list[str], float, float | None]
+Asked = tuple[int, tuple[str, int], int, list[str], float, float | None, EnhanceMethod | None]
 # What a client might have trained: near the checkpoint's anchor, its hidden units in another order.
 GIVEN = permute_units(TINY_SPEC, tiny_space().anchor + 0.1, torch.tensor([2, 0, 1]))
 
@@ -78,6 +80,7 @@ def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
         asked.guidance_scale,
         asked.given,
         asked.strength,
+        asked.method,
     )
     sample = generator.begin(request)
     while not sample.done:
@@ -103,8 +106,8 @@ def ask_all(served: tuple[asyncio.Runner, Engine], jobs: list[tuple[int, Job]], 
 
 def jobs_of(asked: list[Asked]) -> list[tuple[int, Job]]:
     jobs = []
-    for after, (sampler, steps), seed, classes, scale, strength in asked:
-        given = {} if strength is None else {"given": GIVEN, "strength": strength}
+    for after, (sampler, steps), seed, classes, scale, strength, method in asked:
+        given = {} if strength is None else {"given": GIVEN, "strength": strength, "method": method}
         jobs.append((after, job(*classes, seed=seed, steps=steps, sampler=sampler, guidance_scale=scale, **given)))
     return jobs
 

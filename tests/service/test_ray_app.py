@@ -36,10 +36,12 @@ def test_keys_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deployment_follows_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MAX_BATCH_SIZE": "8", "QUEUE_SIZE": "50", "TORCH_THREADS": "3"}.items():
         monkeypatch.setenv(f"T2W_{name}", value)
-    deployment = build(Scale(min_replicas=2, max_replicas=5))._bound_deployment
+    scale = Scale(min_replicas=2, max_replicas=5, upscale_delay_s=3, downscale_delay_s=40)
+    deployment = build(scale)._bound_deployment
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
     assert scaling.get_target_ongoing_requests() == 8
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (3, 40)
     assert deployment.max_ongoing_requests == 58
     assert deployment._deployment_config.graceful_shutdown_timeout_s > Settings().drain_timeout_s
     assert deployment.ray_actor_options["num_cpus"] == 3

@@ -74,6 +74,16 @@ def test_a_page_can_be_written_again_but_not_over_another(folder: Path, tmp_path
     first = page.read_text()
     write_page(folder, page)
     assert page.read_text() == first
+    # Results of one suite take the place of its section alone.
+    change(folder / "fuse.json", checkpoint="f" * 64)
+    for path in folder.glob("*.json"):
+        if path.name != "fuse.json":
+            path.unlink()
+    assert results(folder, page).output == f"fuse in {page}\n"
+    assert "Checkpoint `ffffffffffff`" in page.read_text()
+    before, after = ((text.partition("## fuse\n")[::2]) for text in (first, page.read_text()))
+    assert before[0] == after[0]
+    assert before[1].partition("## init\n")[2] == after[1].partition("## init\n")[2]
     page.write_text("# By hand\n")
     done = results(folder, page)
     assert done.exit_code == 2

@@ -189,7 +189,7 @@ def results_command(
     folder: Annotated[Path, typer.Option("--from", help="folder that `t2w evaluate --suite` wrote to")],
     out: Annotated[Path, typer.Option(help="Markdown page to write; figures go into a folder of its name")],
 ) -> None:
-    """Collect the results of suites into one page with tables and figures.
+    """Collect the results of suites into one page with tables and figures; it keeps its sections of other suites.
 
     Example: t2w results --from runs/a/suites --out docs/suites.md
     """

@@ -42,6 +42,19 @@ class Stopped:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Generated:
+    """Heads of plain generation.
+
+    Attributes:
+        heads: (M, P).
+        seconds: wall time of one.
+    """
+
+    heads: Tensor
+    seconds: float
+
+
 def run(run: SuiteRun) -> dict[str, Any]:
     """Measure what improves stopped heads of unseen tasks, paired by task.
 
@@ -57,12 +70,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
     settings, preset = run.preset.suites.enhance, run.preset
     tasks = take_tasks(run.zoo.split.unseen, settings.tasks, "suites.enhance.tasks", "unseen")
     bootstrap = PairedBootstrap(len(tasks), settings.bootstrap, preset.seed)
-    generated = {
-        (sampler, steps): generate_from_requests(
-            run.generator, task_requests(run.data, tasks, sampler, steps, preset.seed)
-        )
-        for sampler, steps in settings.samplers
-    }  # (M, P) each
+    generated = {sampler: generate_all(run, tasks, sampler) for sampler in settings.samplers}
     whole = preset.evaluation.oracle.steps
     stops = {f"{share:g}": max(1, round(share * whole)) for share in settings.shares}
     starts = {}
@@ -87,7 +95,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
         "tasks": len(tasks),
         "steps": whole,
         "generated": {
-            method_name(*sampler): bootstrap.summary(own_accuracy(run, tasks, plain))
+            method_name(*sampler): bootstrap.summary(own_accuracy(run, tasks, plain.heads))
             for sampler, plain in generated.items()
         },
         "starts": starts,
@@ -130,7 +138,7 @@ def measure(
     stopped: Stopped,
     stop: int,
     sampler: tuple[str, int],
-    generated: Tensor,
+    generated: Generated,
     bootstrap: PairedBootstrap,
 ) -> dict[str, Any]:
     """Everything about one stopping point and one sampler.
@@ -141,26 +149,26 @@ def measure(
         stopped: their heads.
         stop: after how many steps.
         sampler: name and number of denoiser calls.
-        generated: (M, P) heads of plain generation by it.
+        generated: what plain generation by it makes.
         bootstrap: of the M tasks.
 
     Returns:
-        accuracies: `interpolated` and `noised` by strength, `continued`; `seconds`, wall time of enhancing one head,
-        and `continued_steps`, the training steps that fit into it; `chosen`, the accuracy of either way where the
+        accuracies: `interpolated` and `noised` by strength, `continued`; `seconds`, wall time of interpolating one
+        head, and `continued_steps`, the training steps that fit into it; `chosen`, the accuracy of either way where the
         strength between 0 and 1 was chosen on other tasks (see `cross`), and `gain`, that of the interpolated heads
         less each other method's.
     """
-    given = stopped.heads[stop]
-    heads, seconds = noise_all(run, tasks, given, sampler)
+    given, strengths = stopped.heads[stop], run.preset.suites.enhance.strengths
+    noised = {each: own_accuracy(run, tasks, noise_all(run, tasks, given, sampler, each)) for each in strengths}
+    began = time.perf_counter()
+    mixed = {each: interpolate_all(run, given, generated.heads, each) for each in strengths}
+    seconds = generated.seconds + (time.perf_counter() - began) / (len(strengths) * len(tasks))
     steps = round(seconds / stopped.seconds)
-    noised = {strength: own_accuracy(run, tasks, rows) for strength, rows in heads.items()}
-    interpolated = {
-        strength: own_accuracy(run, tasks, interpolate_all(run, given, generated, strength)) for strength in heads
-    }
+    interpolated = {each: own_accuracy(run, tasks, heads) for each, heads in mixed.items()}
     best = cross(between(interpolated))
     scores = {
         "input": own_accuracy(run, tasks, given),
-        "generated": own_accuracy(run, tasks, generated),
+        "generated": own_accuracy(run, tasks, generated.heads),
         "noised": cross(between(noised)),
         "continued": own_accuracy(run, tasks, train_on(run, tasks, given, stop, steps)),
     }
@@ -180,25 +188,21 @@ def between(scores: dict[float, np.ndarray]) -> list[np.ndarray]:
     return [values for strength, values in scores.items() if 0 < strength < 1]
 
 
-def noise_all(
-    run: SuiteRun, tasks: list[Task], given: Tensor, sampler: tuple[str, int]
-) -> tuple[dict[float, Tensor], float]:
-    """Given heads (M, P) noised and denoised at every strength, (M, P) each, and the wall time of one between 0 and 1.
+def generate_all(run: SuiteRun, tasks: list[Task], sampler: tuple[str, int]) -> Generated:
+    """A head for each task from its text alone."""
+    began = time.perf_counter()
+    heads = generate_from_requests(run.generator, task_requests(run.data, tasks, *sampler, run.preset.seed))
+    return Generated(heads, (time.perf_counter() - began) / len(tasks))
 
-    Interpolating takes as many calls.
-    """
+
+def noise_all(run: SuiteRun, tasks: list[Task], given: Tensor, sampler: tuple[str, int], strength: float) -> Tensor:
+    """Given heads (M, P), noised and denoised: (M, P)."""
     plain = task_requests(run.data, tasks, *sampler, run.preset.seed)
-    heads, times = {}, []
-    for strength in run.preset.suites.enhance.strengths:
-        requests = [
-            replace(request, given=head, strength=strength, method="noise")
-            for request, head in zip(plain, given, strict=True)
-        ]
-        began = time.perf_counter()
-        heads[strength] = generate_from_requests(run.generator, requests)
-        if 0 < strength < 1:
-            times.append((time.perf_counter() - began) / len(tasks))
-    return heads, sum(times) / len(times)
+    requests = [
+        replace(request, given=head, strength=strength, method="noise")
+        for request, head in zip(plain, given, strict=True)
+    ]
+    return generate_from_requests(run.generator, requests)
 
 
 def interpolate_all(run: SuiteRun, given: Tensor, generated: Tensor, share: float) -> Tensor:

@@ -1,8 +1,12 @@
-"""One Markdown page from the results of suites: every number comes from their JSON files."""
+"""One Markdown page from the results of suites: every number comes from their JSON files.
+
+A page may be of several runs: sections of suites that a folder has no result of stay as they are.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ INTRODUCTION = (
 
 
 def write_page(folder: Path, out: Path) -> list[str]:
-    """Collect the suite results of a folder into one page.
+    """Collect the suite results of a folder into one page, in place of that page's sections of the same suites.
 
     Figures are copied into a folder beside the page that has its name, so that the two can be moved together.
 
@@ -38,13 +42,22 @@ def write_page(folder: Path, out: Path) -> list[str]:
     """
     if out.suffix != ".md":
         raise TrainingDataError(f"--out is {out}: the page's name must end in .md")
-    if out.exists() and not out.read_text(encoding="utf-8").startswith(MARK):
+    there = out.read_text(encoding="utf-8") if out.exists() else MARK
+    if not there.startswith(MARK):
         raise TrainingDataError(f"{out} was not written by `t2w results`: choose another --out")
     results = read_results(folder)
-    sections = [_section(name, written, folder, out) for name, written in results.items()]
+    made = {name: _section(name, written, folder, out) for name, written in results.items()}
+    sections = _read_sections(there) | made
+    ordered = [sections[name] for name in SUITES if name in sections]
     with atomic_path(out) as temporary:
-        temporary.write_text("\n".join([MARK, "", INTRODUCTION, *sections]), encoding="utf-8")
+        temporary.write_text("\n".join([MARK, "", INTRODUCTION, *ordered]), encoding="utf-8")
     return list(results)
+
+
+def _read_sections(page: str) -> dict[str, str]:
+    """Sections of a page by the name of their suite."""
+    _, *parts = re.split(r"^(?=## \w+$)", page, flags=re.MULTILINE)
+    return {part.split()[1]: part.rstrip("\n") + "\n" for part in parts}
 
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:

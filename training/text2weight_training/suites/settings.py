@@ -265,7 +265,9 @@ class EnhanceSettings(SuiteSettings):
     """
 
     tasks: Annotated[int, Field(ge=2)] = 100
-    starts: tuple[Literal["base", "universal", "default"], ...] = Field(default=("base", "default"), min_length=1)
+    starts: tuple[Literal["base", "universal", "default"], ...] = Field(
+        default=("universal", "base", "default"), min_length=1
+    )
     shares: tuple[Between, ...] = Field(default=(0.1, 0.25, 0.5, 0.75), min_length=1)
     strengths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (
         0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0,
