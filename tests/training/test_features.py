@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from text2weight.backbone import load_backbone, small_image_resnet18
@@ -170,10 +171,40 @@ def test_timm_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert encoder.description.startswith("timm resnet10t ")
 
 
+def test_caffes_squeezenet_from_a_file(tmp_path: Path) -> None:
+    """Blue, green, red from 0 to 255 less the means go in; the last fire module's average comes out."""
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(2)
+    model, file = squeezenet1_1().eval(), tmp_path / "squeezenet.safetensors"
+    save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, file)
+    model.load_state_dict({name: tensor.half().float() for name, tensor in model.state_dict().items()})
+    encoder = load_image_encoder(f"squeezenet:{file}", side=48)
+    assert (encoder.side, encoder.model.training) == (48, False)
+    assert load_image_encoder(f"squeezenet:{file}").side == 227
+    pixels = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    caffes = pixels.flip(1).float() - torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1)
+    with torch.inference_mode():
+        expected = model.features(caffes).mean(dim=(2, 3))
+    assert expected.shape == (2, 512)
+    torch.testing.assert_close(encoder.features_from_pixels(pixels), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_other_files_are_no_squeezenet(tmp_path: Path) -> None:
+    from torchvision.models import squeezenet1_0
+
+    text, other = tmp_path / "text.safetensors", tmp_path / "other.safetensors"
+    text.write_text("no tensors")
+    save_file(squeezenet1_0().state_dict(), other)
+    for file in (tmp_path / "absent.safetensors", text, other):
+        with pytest.raises(TrainingDataError, match=rf"{file.name} holds no SqueezeNet 1.1 in torchvision's layout"):
+            load_image_encoder(f"squeezenet:{file}")
+
+
 @pytest.mark.parametrize(
     ("source", "side", "message"),
     [
-        ("resnet18", None, "give torchvision:NAME, timm:NAME, open_clip:ARCH/TAG or dir:PATH"),
+        ("resnet18", None, "give torchvision:NAME, timm:NAME, open_clip:ARCH/TAG, squeezenet:FILE or dir:PATH"),
         ("torchvision:resnet17", None, "no image classifier 'resnet17'"),
         ("torchvision:fcn_resnet50", None, "no image classifier"),
         ("timm:nothing_at_all", None, "timm has no model"),

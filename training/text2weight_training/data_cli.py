@@ -55,7 +55,7 @@ def features_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="feature file to write")],
     dataset: Annotated[Dataset, typer.Option(help="folder: ROOT/train/CLASS/*.png and ROOT/test/...")] = Dataset.FOLDER,
     backbone: Annotated[
-        str, typer.Option(help="torchvision:NAME, timm:NAME, open_clip:ARCHITECTURE/TAG or dir:PATH")
+        str, typer.Option(help="torchvision:NAME, timm:NAME, open_clip:ARCHITECTURE/TAG, squeezenet:FILE or dir:PATH")
     ] = "torchvision:resnet18",
     half: Annotated[
         HalfChoice | None,

@@ -1,15 +1,18 @@
-"""Feature extractors: our own backbone folders, torchvision's models, timm's, and open_clip's image towers.
+"""Feature extractors: our own backbone folders, torchvision's models, timm's, open_clip's image towers, and a file.
 
 Letters: N images, R side in pixels, d feature size.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from text2weight.backbone import describe_preprocessing, load_backbone, normalise_pixels
@@ -18,6 +21,9 @@ from text2weight_training.files import TrainingDataError
 
 # How the name of an open_clip model begins; of a text tower and its image tower it is the same.
 OPEN_CLIP = "open_clip:"
+# Of the published SqueezeNet 1.1: it takes blue, green, red from 0 to 255, less these means, and pictures of this side.
+CAFFE_BGR_MEANS = (104.0, 117.0, 123.0)
+CAFFE_SIDE = 227
 # What `text2weight.backbone.resize_and_crop` does, in open_clip's words.
 RESIZING = {"interpolation": "bicubic", "resize_mode": "shortest"}
 
@@ -89,8 +95,8 @@ def load_image_encoder(source: str, device: str = "cpu", side: int | None = None
     """Load an extractor.
 
     Args:
-        source: "torchvision:NAME" (published weights), "timm:NAME", "open_clip:ARCH/TAG" (CLIP's image tower) or
-            "dir:PATH" (our own folder).
+        source: "torchvision:NAME" (published weights), "timm:NAME", "open_clip:ARCH/TAG" (CLIP's image tower),
+            "squeezenet:FILE" (Caffe's SqueezeNet 1.1 in torchvision's layout) or "dir:PATH" (our own folder).
         device: torch device.
         side: R, where it should differ from the model's own; not for "dir:" and "open_clip:", which fix it.
 
@@ -109,9 +115,10 @@ def load_image_encoder(source: str, device: str = "cpu", side: int | None = None
         return _timm(name, torch.device(device), side)
     if kind == "open_clip" and "/" in name:
         return _open_clip(name, torch.device(device))
-    raise TrainingDataError(
-        f"unknown backbone {source!r}: give torchvision:NAME, timm:NAME, open_clip:ARCH/TAG or dir:PATH"
-    )
+    if kind == "squeezenet" and name:
+        return _caffe_squeezenet(Path(name), torch.device(device), side)
+    allowed = "torchvision:NAME, timm:NAME, open_clip:ARCH/TAG, squeezenet:FILE or dir:PATH"
+    raise TrainingDataError(f"unknown backbone {source!r}: give {allowed}")
 
 
 def _torchvision(name: str, device: torch.device, side: int | None) -> PublishedEncoder:
@@ -201,6 +208,26 @@ def _open_clip(name: str, device: torch.device) -> PublishedEncoder:
     encoder = _frozen(ImageTower(model), device)
     return PublishedEncoder(
         encoder, f"{OPEN_CLIP}{name}", int(width), tuple(values["mean"]), tuple(values["std"]), device
+    )
+
+
+def _caffe_squeezenet(file: Path, device: torch.device, side: int | None) -> PublishedEncoder:
+    from torchvision import models
+
+    model = models.squeezenet1_1()
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TrainingDataError(f"{file} holds no SqueezeNet 1.1 in torchvision's layout: {error}") from error
+    # Pictures come as red, green, blue in 0..1: their order goes into the first layer, their scale into the deviations.
+    first = model.features[0]
+    first.weight.data = first.weight.data.flip(1)  # (64, 3, 3, 3)
+    pooled = nn.Sequential(model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    mean = tuple(value / 255 for value in reversed(CAFFE_BGR_MEANS))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return PublishedEncoder(
+        _frozen(pooled, device), f"squeezenet1_1 {digest[:12]}", side or CAFFE_SIDE, mean, (1 / 255,) * 3, device
     )
 
 
