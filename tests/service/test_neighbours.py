@@ -153,6 +153,7 @@ def test_the_bundled_model_keeps_to_it() -> None:
             source.sample(names, 2 + 5 * i),
             1.0,
             None,
+            None,
         )
         for i in range(4)
     ]

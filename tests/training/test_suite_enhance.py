@@ -34,7 +34,7 @@ def parts(toy_suites: ToySuites) -> list[tuple[dict, dict, dict]]:
 def test_every_method_is_measured(toy_suites: ToySuites) -> None:
     result = toy_suites.result("enhance")
     assert set(result["generated"]) == {"mean/1", "ddim/3"}
-    assert set(result["starts"]) == {"base", "default"}
+    assert set(result["starts"]) == {"universal", "base", "default"}
     assert (result["tasks"], result["steps"]) == (6, 80)
     for start in result["starts"].values():
         assert {share: stopped["steps"] for share, stopped in start["stopped"].items()} == {"0.1": 8, "0.5": 40}
@@ -172,7 +172,7 @@ def test_settings_that_mean_nothing_are_refused(setting: str, value: object, mes
 
 def test_the_report_has_three_tables_for_each_start(toy_suites: ToySuites) -> None:
     text = enhance.report(toy_suites.result("enhance"))
-    assert text.count("| --- |") == 6
-    assert text.count("\n| 10 % | mean/1 |") == text.count("\n| 50 % | ddim/3 |") == 6
+    assert text.count("| --- |") == 9
+    assert text.count("\n| 10 % | mean/1 |") == text.count("\n| 50 % | ddim/3 |") == 9
     assert "| stopped at | sampler | 0 | 0.4 | 0.8 | 1 |" in text
     assert "6 unseen tasks" in text
