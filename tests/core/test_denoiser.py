@@ -108,12 +108,14 @@ def test_the_order_of_classes_does_not_matter(variant: dict[str, object], noisy:
 def test_batched_equals_alone(variant: dict[str, object], noisy: Tensor, condition: Condition) -> None:
     denoiser = tiny_denoiser(**variant)
     together = denoiser(noisy, TIMESTEPS, condition)
+    # Numbers that nearly cancel keep the rounding of what they are the difference of, more on some processors.
+    rounding = {"atol": 1e-5 * float(together.detach().abs().max()), "rtol": 0}
     for i, count in enumerate(condition.count.tolist()):
         alone = Condition(
             condition.pooled[i : i + 1], condition.tokens[i : i + 1, :count], condition.mask[i : i + 1, :count]
         )
         output = denoiser(noisy[i : i + 1], TIMESTEPS[i : i + 1], alone)
-        torch.testing.assert_close(together[i : i + 1], output, **CLOSE)
+        torch.testing.assert_close(together[i : i + 1], output, **rounding)
 
 
 def test_the_class_path_multiplies_what_names_a_token_with_the_class_set() -> None:

@@ -61,6 +61,15 @@ def test_the_results_pages_commands_derive_the_presets_that_they_use(tmp_path: P
     teacher = TeacherSettings(width=4096)
     assert derived["taught.yaml"] == changed(small, fit=changed(small.fit, teacher=teacher))
     assert derived["plain.yaml"] == changed(heldout, fit=changed(heldout.fit, class_mixing=0.0), outside=None)
+    assert derived["stopped.yaml"] == changed(
+        derived["reads.yaml"], denoiser=small.denoiser, fit=derived["taught.yaml"].fit
+    )
+    assert (derived["reads.yaml"].denoiser.reads_given, derived["reads.yaml"].fit.given_share) == (True, 0.5)
+    assert derived["ablation.yaml"].fit == small.fit
+    for name, weight in (("equal.yaml", 0.0), ("explicit.yaml", 10.0)):
+        fit, denoiser = derived[name].fit, derived[name].denoiser
+        assert (fit.symmetry_weight, fit.task_weight, denoiser.tokens, denoiser.class_path) == (weight, 0, "chunk", 0)
+        assert (derived[name].scaling, derived[name].zoo) == ("min_max", derived["stopped.yaml"].zoo)
     zoo = {"tasks": 640, "task_size": (8, 20), "unseen_fraction": 0.3, "held_out_pairs": 0}
     accuracy = changed(heldout.suites.accuracy, tasks=100)
     assert derived["outside.yaml"] == changed(
