@@ -174,12 +174,10 @@ def choose_start(
     timestep = start_timestep(schedule, strength, method)
     if timestep == 0:
         return Start(0, given)
-    if given is None or strength == 1:
+    if given is None or strength == 1 or (method == "noise" and timestep == schedule.num_timesteps):
         return Start(timestep)
     if method == "interpolate":
         return Start(timestep, given, share=strength)
-    if timestep == schedule.num_timesteps:
-        return Start(timestep)
     alignment = align(spec, space.anchor, given)
     clean = space.standardise(alignment.apply(spec, given))  # (P,)
     return Start(timestep, given, alignment=alignment, clean=clean)

@@ -5,7 +5,6 @@ Letters: N images, R side in pixels, d feature size.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from text2weight.backbone import describe_preprocessing, load_backbone, normalise_pixels
+from text2weight.checkpoint import file_sha256
 from text2weight.text_encoder import create_open_clip
 from text2weight_training.files import TrainingDataError
 
@@ -225,10 +225,8 @@ def _caffe_squeezenet(file: Path, device: torch.device, side: int | None) -> Pub
     first.weight.data = first.weight.data.flip(1)  # (64, 3, 3, 3)
     pooled = nn.Sequential(model.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     mean = tuple(value / 255 for value in reversed(CAFFE_BGR_MEANS))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return PublishedEncoder(
-        _frozen(pooled, device), f"squeezenet1_1 {digest[:12]}", side or CAFFE_SIDE, mean, (1 / 255,) * 3, device
-    )
+    description = f"squeezenet1_1 {file_sha256(file)[:12]}"
+    return PublishedEncoder(_frozen(pooled, device), description, side or CAFFE_SIDE, mean, (1 / 255,) * 3, device)
 
 
 def _frozen(model: nn.Module, device: torch.device) -> nn.Module:
