@@ -107,7 +107,7 @@ def stack_to_bytes(heads: Sequence[HeadArtifact], precision: Precision = "fp32")
 
 def _to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], precision: Precision) -> bytes:
     dtype = PRECISIONS[precision]
-    written = {name: tensor.detach().cpu().float().to(dtype).contiguous() for name, tensor in tensors.items()}
+    written = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     if dtype != torch.float32:
         metadata = {**metadata, "precision": precision}
         _check_range(tensors, written, precision)
@@ -134,7 +134,7 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     parts, end = [], 0
     for name, tensor in sorted(tensors.items()):
-        parts.append(tensor.flatten().view(torch.uint8).numpy().data)
+        parts.append(tensor.view(torch.uint8).numpy().data)
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()

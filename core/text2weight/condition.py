@@ -8,6 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ MAX_NAME_LENGTH = 200
 MAX_WEIGHT = 1000.0  # of a task among others
 
 
+@lru_cache(maxsize=4096)
 def plain_name(name: str) -> str:
     """Compose a name (NFC), turn underscores into spaces and runs of white space into one space."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
@@ -59,7 +61,7 @@ def _normalise_name(index: int, name: str) -> str:
             "classes", f"classes[{index}] has {len(name)} characters: at most {MAX_NAME_LENGTH} are allowed"
         )
     # Tabs and line ends count as white space below; surrogates cannot be encoded and are refused too.
-    if any(unicodedata.category(char) in {"Cc", "Cs"} and not char.isspace() for char in name):
+    if not name.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} and not c.isspace() for c in name):
         raise InvalidInputError("classes", f"classes[{index}] holds control characters: remove them")
     words = plain_name(name)
     # Format characters (zero-width space, direction marks) are part of many names, but no name by themselves.
@@ -94,29 +96,33 @@ def emphasis_of_tasks(tasks: Sequence[Sequence[str]], weights: Sequence[float]) 
     return torch.tensor(list(totals.values()))
 
 
-def prior_attention(embeddings: Tensor, mask: Tensor, emphasis: Tensor | None = None) -> Tensor:
+def prior_attention(embeddings: Tensor, mask: Tensor | None = None, emphasis: Tensor | None = None) -> Tensor:
     """Pool class embeddings by their closeness to their own mean (T2W's prior attention).
 
     mu = mean of the embeddings, w = softmax(cos(e_i, mu)), pooled = sum w_i e_i.
 
     Args:
         embeddings: (B, K, D), L2-normalised.
-        mask: (B, K) bool, False marks padding.
+        mask: (B, K) bool, False marks padding; None for none.
         emphasis: (B, K) positive factors of the classes' shares in mu and w, which still add up to 1; None for
             equal ones.
 
     Returns:
         (B, D).
     """
-    present = mask.unsqueeze(-1).to(embeddings.dtype)  # (B, K, 1)
-    if emphasis is not None:
-        present = present * emphasis.unsqueeze(-1)  # (B, K, 1)
-    mean = (embeddings * present).sum(1) / present.sum(1)  # (B, D)
+    shares = emphasis  # (B, K)
+    if mask is not None:
+        shares = mask.to(embeddings.dtype) if emphasis is None else mask * emphasis  # (B, K)
+    if shares is None:
+        mean = embeddings.mean(1)  # (B, D)
+    else:
+        mean = (embeddings * shares.unsqueeze(-1)).sum(1) / shares.sum(1, keepdim=True)  # (B, D)
     similarity = F.cosine_similarity(embeddings, mean.unsqueeze(1), dim=-1)  # (B, K)
     if emphasis is not None:
         similarity = similarity + emphasis.log()  # (B, K)
-    weights = similarity.masked_fill(~mask, float("-inf")).softmax(-1)  # (B, K)
-    return torch.einsum("bk,bkd->bd", weights, embeddings)  # (B, D)
+    if mask is not None:
+        similarity = similarity.masked_fill(~mask, float("-inf"))  # (B, K)
+    return (similarity.softmax(-1).unsqueeze(1) @ embeddings).squeeze(1)  # (B, D)
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,20 @@ def condition_on_classes(embeddings: Tensor, mask: Tensor, emphasis: Tensor | No
     return Condition(prior_attention(embeddings, mask, emphasis), embeddings * mask.unsqueeze(-1), mask)
 
 
+def condition_of_task(embeddings: Tensor, capacity: int, emphasis: Tensor | None = None) -> Condition:
+    """Build the condition of one task, padded to `capacity` classes, from class embeddings (K, D) and emphasis (K,)."""
+    rows = embeddings.unsqueeze(0)  # (1, K, D)
+    pooled = prior_attention(rows, None, None if emphasis is None else emphasis.float().unsqueeze(0))  # (1, D)
+    lacking = capacity - len(embeddings)
+    return Condition(pooled, F.pad(rows, (0, 0, 0, lacking)) if lacking else rows, _first(len(embeddings), capacity))
+
+
+@lru_cache(maxsize=1024)
+def _first(count: int, capacity: int) -> Tensor:
+    """(1, capacity) bool, True for the first `count`. Not to be written to: others have it, too."""
+    return torch.arange(capacity).unsqueeze(0) < count
+
+
 def stack_conditions(conditions: Sequence[Condition]) -> Condition:
     """Put the items of several conditions into one, padded to the largest K; all have given heads or none has."""
     longest = max(condition.mask.shape[1] for condition in conditions)
@@ -191,18 +211,15 @@ def stack_conditions(conditions: Sequence[Condition]) -> Condition:
     given = [condition.given for condition in conditions if condition.given is not None]
     return Condition(
         torch.cat([condition.pooled for condition in conditions]),
-        torch.cat([F.pad(one.tokens, (0, 0, 0, more)) for one, more in zip(conditions, lacking, strict=True)]),
-        torch.cat([F.pad(one.mask, (0, more)) for one, more in zip(conditions, lacking, strict=True)]),
+        torch.cat([F.pad(c.tokens, (0, 0, 0, n)) if n else c.tokens for c, n in zip(conditions, lacking, strict=True)]),
+        torch.cat([F.pad(c.mask, (0, n)) if n else c.mask for c, n in zip(conditions, lacking, strict=True)]),
         GivenHeads(torch.cat([g.weights for g in given]), torch.cat([g.present for g in given])) if given else None,
     )
 
 
-def pad_embeddings(embeddings: Sequence[Tensor], capacity: int = 0) -> tuple[Tensor, Tensor]:
-    """Stack class embeddings (K_i, D) of several requests into (B, K, D) and a mask (B, K).
-
-    K is that of the largest request, or `capacity` where that is more.
-    """
-    longest = max(capacity, *(len(rows) for rows in embeddings))
+def pad_embeddings(embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack class embeddings (K_i, D) of several tasks into (B, K, D), K that of the largest, and a mask (B, K)."""
+    longest = max(len(rows) for rows in embeddings)
     padded = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows in embeddings])  # (B, K, D)
     counts = torch.tensor([len(rows) for rows in embeddings], device=padded.device)
     mask = torch.arange(longest, device=padded.device) < counts[:, None]  # (B, K)

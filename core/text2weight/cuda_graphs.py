@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from text2weight.condition import Condition, GivenHeads
+from text2weight.condition import Condition
+from text2weight.traced import flatten_call, unflatten_call
 
 # Each keeps its own inputs and output; intermediate results share one pool of memory.
 MOST_GRAPHS = 64
@@ -42,7 +43,7 @@ class GraphedDenoiser:
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions."""
-        inputs = _flatten(noisy, timesteps, condition)
+        inputs = flatten_call(noisy, timesteps, condition)
         shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         recorded = self._recorded.get(shape)
         if recorded is None:
@@ -73,16 +74,5 @@ class GraphedDenoiser:
     def _run(self, inputs: tuple[Tensor, ...]) -> Tensor:
         # The cache of cast parameters must not outlive a recording, nor begin before it.
         with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
-            output: Tensor = self._denoiser(*_unflatten(inputs))
+            output: Tensor = self._denoiser(*unflatten_call(inputs))
         return output
-
-
-def _flatten(noisy: Tensor, timesteps: Tensor, condition: Condition) -> tuple[Tensor, ...]:
-    tensors = (noisy, timesteps, condition.pooled, condition.tokens, condition.mask)
-    given = condition.given
-    return tensors if given is None else (*tensors, given.weights, given.present)
-
-
-def _unflatten(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Condition]:
-    noisy, timesteps, pooled, tokens, mask, *given = tensors
-    return noisy, timesteps, Condition(pooled, tokens, mask, GivenHeads(*given) if given else None)

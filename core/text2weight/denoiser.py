@@ -104,12 +104,12 @@ def sinusoid(values: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2))  # (B, dim)
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention over (B, H, S, W / H); mask (B, 1, 1, S) is False where nothing may look.
+def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Softmax attention over (B, H, S, size), size W / H; mask (B, 1, 1, S) is False where nothing may look.
 
     Written out, because for sequences this short torch's fused kernel is several times slower in bf16 on a CPU.
     """
-    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])  # (B, H, S, S)
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(size)  # (B, H, S, S)
     return scores.masked_fill(~mask, float("-inf")).softmax(-1).to(values.dtype) @ values  # (B, H, S, W / H)
 
 
@@ -119,7 +119,7 @@ class Block(nn.Module):
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.heads, self.head_size = config.heads, config.width // config.heads
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
@@ -135,7 +135,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(context).unsqueeze(1).chunk(6, dim=-1)
         normed = self.norm1(tokens) * (1 + scale1) + shift1  # (B, S, W)
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, S, W / H)
-        attended = attention(qkv[0], qkv[1], qkv[2], mask)  # (B, H, S, W / H)
+        attended = attention(qkv[0], qkv[1], qkv[2], mask, self.head_size)  # (B, H, S, W / H)
         tokens = tokens + gate1 * self.out(attended.transpose(1, 2).flatten(2))  # (B, S, W)
         normed = self.norm2(tokens) * (1 + scale2) + shift2  # (B, S, W)
         updated: Tensor = tokens + gate2 * self.mlp(normed)  # (B, S, W)
@@ -197,6 +197,8 @@ class GivenPath(nn.Module):
 class UnitEmbedding(nn.Module):
     """Flat weights <-> one W-wide token per hidden unit and one for the output bias."""
 
+    identity: Tensor
+
     def __init__(self, spec: HeadSpec, config: DenoiserConfig, anchor: Tensor) -> None:
         super().__init__()
         self.layout = UnitTokens(spec)
@@ -214,21 +216,18 @@ class UnitEmbedding(nn.Module):
         if self.class_bias is not None:
             _zero(self.class_bias)
         self.given_path = GivenPath(self.layout, width) if config.reads_given else None
-        self.register_buffer("anchor", anchor, persistent=False)
-
-    def _identity(self) -> Tensor:
-        """What names the hidden units, (h, unit_dim): the anchor's units, or nothing but zeros."""
-        assert isinstance(self.anchor, Tensor)
-        units = self.layout.split(self.anchor.unsqueeze(0))[0].squeeze(0)  # (h, unit_dim)
+        # What names the hidden units: the anchor's units, or nothing but zeros.
+        units = self.layout.split(anchor.unsqueeze(0))[0].squeeze(0)  # (h, unit_dim)
         # Unit variance within a unit, whatever the size of the anchor's weights.
-        return F.layer_norm(units, units.shape[-1:]) if self.identity_in is not None else torch.zeros_like(units)
+        identity = F.layer_norm(units, units.shape[-1:]) if config.unit_identity else torch.zeros_like(units)
+        self.register_buffer("identity", identity, persistent=False)
 
     def encode(self, flat: Tensor, given: GivenHeads | None = None) -> Tensor:
         """(B, P) -> (B, T, W), T = h + 1 with an output bias, else h."""
         units, output_bias = self.layout.split(flat)  # (B, h, unit_dim), (B, o)
         tokens: Tensor = self.unit_in(units)  # (B, h, W)
         if self.identity_in is not None:
-            tokens = tokens + self.identity_in(self._identity())
+            tokens = tokens + self.identity_in(self.identity)
         if output_bias is not None:
             tokens = torch.cat([tokens, self.bias_in(output_bias).unsqueeze(1)], dim=1)  # (B, T, W)
         return tokens if self.given_path is None or given is None else tokens + self.given_path.encode(given)
@@ -239,7 +238,7 @@ class UnitEmbedding(nn.Module):
         units = self.unit_out(tokens[:, :hidden])  # (B, h, unit_dim)
         output_bias = self.bias_out(tokens[:, hidden]) if self.layout.spec.bias else None  # (B, o)
         if self.class_path is not None:
-            units = units + self.class_path(self._identity(), classes)
+            units = units + self.class_path(self.identity, classes)
         if self.class_bias is not None:
             output_bias = output_bias + self.class_bias(classes)
         output = self.layout.join(units, output_bias)  # (B, P)
@@ -316,6 +315,7 @@ class Denoiser(nn.Module):
             self.path_gate = nn.Sequential(nn.SiLU(), nn.Linear(width, config.class_path))
             _zero(self.path_gate[1])
         self.has_class_path = config.class_path_size > 0
+        self.embedding_dim = config.embedding_dim
         # In place of the pooled vector and the count; an item without classes has no class tokens either.
         self.null_context = nn.Parameter(torch.zeros(width)) if config.null_condition else None
         self.register_buffer("embedding_center", embedding_center, persistent=False)
@@ -336,7 +336,7 @@ class Denoiser(nn.Module):
         weight_tokens = self.weights.encode(noisy, condition.given)  # (B, T, W)
         count = weight_tokens.shape[1]
         context = self._context(timesteps, condition)  # (B, W)
-        mask = condition.mask.new_ones(len(noisy), count)  # (B, T)
+        mask = condition.mask.new_ones(noisy.shape[0], count)  # (B, T)
         tokens = weight_tokens
         if self.class_in is not None:
             class_tokens = self.class_in(self._centre(condition.tokens))  # (B, K, W)
@@ -374,7 +374,7 @@ class Denoiser(nn.Module):
     def _centre(self, embeddings: Tensor) -> Tensor:
         assert isinstance(self.embedding_center, Tensor)
         # Unit variance per coordinate for a unit vector: the projections see inputs of order one.
-        return (embeddings - self.embedding_center) * math.sqrt(embeddings.shape[-1])
+        return (embeddings - self.embedding_center) * math.sqrt(self.embedding_dim)
 
 
 def _zero(layer: nn.Module) -> None:

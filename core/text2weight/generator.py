@@ -26,10 +26,10 @@ from torch import Tensor
 from text2weight.artifact import FORMAT, HeadArtifact, created_by
 from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from text2weight.condition import (
-    condition_on_classes,
+    Condition,
+    condition_of_task,
     emphasis_of_tasks,
     normalise_class_names,
-    pad_embeddings,
     union_of_tasks,
 )
 from text2weight.cuda_graphs import GraphedDenoiser
@@ -40,6 +40,7 @@ from text2weight.outside import OutsideNames
 from text2weight.samplers import check_sampler, make_plan
 from text2weight.sampling import Denoiser, Sample, advance
 from text2weight.text_encoder import TEMPLATE_PATTERN, TextEncoder, load_text_encoder
+from text2weight.traced import TracedDenoiser
 
 MAX_SEED = 2**63 - 1
 # A checkpoint's own text encoder lies in this folder of it.
@@ -134,7 +135,7 @@ class Generator:
         self._condition_encoder = load_text_encoder(_inside(self.path, described.source)) if described else None
         self._denoiser = checkpoint.denoiser.to(device).requires_grad_(False)
         on_cuda = torch.device(device).type == "cuda"
-        self._call: Denoiser = GraphedDenoiser(self._denoiser) if on_cuda else self._denoiser
+        self._call: Denoiser = GraphedDenoiser(self._denoiser) if on_cuda else TracedDenoiser(self._denoiser)
         self._space = checkpoint.space.to(device)
         self._space_on_cpu = checkpoint.space.to("cpu")
         self._lock = threading.Lock()
@@ -379,11 +380,7 @@ class Generator:
         embeddings = self._read(request)  # (K, D)
         # Few different shapes, so that equal ones are common: see `sampling.advance`.
         capacity = -(-len(embeddings) // CLASS_MULTIPLE) * CLASS_MULTIPLE
-        padded, mask = pad_embeddings([embeddings], capacity)  # (1, K, D), (1, K)
-        emphasis = None
-        if request.emphasis is not None:
-            emphasis = pad_embeddings([request.emphasis.float()[:, None]], capacity)[0][..., 0]  # (1, K)
-        condition = condition_on_classes(padded, mask, emphasis)
+        condition = condition_of_task(embeddings, capacity, request.emphasis)
         given = None if request.given is None else request.given.detach().cpu()  # (P,)
         if given is not None and request.method is None:
             request = replace(request, method=choose_method(self.config.head, self.anchor, given))
@@ -397,18 +394,28 @@ class Generator:
         plan = make_plan(request.sampler, request.steps, schedule, start.timestep)
         return Sample(request, start, plan, source, condition.to(self.device), noisy, torch.zeros_like(noisy))
 
-    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
+    def advance(
+        self, samples: Sequence[Sample], rows: int | None = None, meanwhile: Callable[[], None] | None = None
+    ) -> None:
         """Make the next denoiser call of each sample, all in one.
 
         Args:
             samples: at least one, none of them done; they may differ in everything.
             rows: size of the call, at least the number of samples; that number where not given.
+            meanwhile: called right before the network, which computes without the interpreter: what it sets off in
+                other threads runs beside that.
 
         Raises:
             Whatever the device raises; then no sample has moved, and the call may be made again.
         """
+
+        def denoiser(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+            if meanwhile is not None:
+                meanwhile()
+            return self._call(noisy, timesteps, condition)
+
         with self._lock, torch.inference_mode():
-            advance(samples, self._call, self.config.schedule, self.config.prediction, rows or len(samples))
+            advance(samples, denoiser, self.config.schedule, self.config.prediction, rows or len(samples))
 
     def finish(self, sample: Sample) -> HeadArtifact:
         """The head of a sample that is done."""
@@ -461,7 +468,7 @@ class Generator:
 
     def _to_weights(self, sample: Sample, numbers: Tensor) -> Tensor:
         """Flat weights (P,) on the CPU from numbers (P,) in the sampler's space."""
-        return self._space.restore(numbers[None], self._reach(sample))[0].cpu()
+        return self._space.restore(numbers, self._reach(sample)).cpu()
 
     def _to_artifact(self, request: GenerationRequest, weights: Tensor, reach: float) -> HeadArtifact:
         tensors = {name: tensor.clone() for name, tensor in self.config.head.unflatten(weights).items()}

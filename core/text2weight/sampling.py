@@ -62,9 +62,7 @@ class Sample:
         return self.plan[self.calls]
 
     def draw(self) -> Tensor:
-        """The noise of the next step, (P,) on the CPU: the same numbers on every device and in any batch."""
-        if not self.step.noise:
-            return torch.zeros(self.noisy.shape)
+        """Noise for the next step, (P,) on the CPU: the same numbers on every device and in any batch."""
         if self.drawn is None:
             self.drawn = torch.randn(self.noisy.shape, generator=self.source)
         return self.drawn
@@ -90,19 +88,33 @@ def advance(
     device = samples[0].noisy.device
     noisy = torch.stack([sample.noisy for sample in padded])  # (R, P)
     timesteps = torch.tensor([sample.step.timestep for sample in padded], device=device)  # (R,)
-    scales = torch.tensor([sample.request.guidance_scale for sample in padded])  # (R,)
-    guidance = scales.to(device) if bool((scales != 1).any()) else None
+    scales = [sample.request.guidance_scale for sample in padded]
+    guidance = torch.tensor(scales, device=device) if any(scale != 1 for scale in scales) else None  # (R,)
     condition = stack_conditions([sample.condition for sample in padded])
     _, clean = schedule.run_denoiser(denoiser, prediction, noisy, timesteps, condition, guidance)  # (R, P)
     count = len(samples)
     previous = torch.stack([sample.estimate for sample in samples])  # (B, P)
-    draws = torch.stack([sample.draw() for sample in samples]).to(device)  # (B, P)
+    draws = _draw(samples, noisy[:count])  # (B, P)
     moved = take_steps([sample.step for sample in samples], noisy[:count], clean[:count], previous, draws)  # (B, P)
     if device.type == "cuda":
         # A device reports its failures late: no sample may move before its call is known to be good.
         torch.cuda.current_stream(device).synchronize()
-    for sample, row, estimate in zip(samples, moved, clean, strict=False):  # clean's padding is left over
-        # Rows of their own: a view would keep the whole batch alive.
-        sample.noisy, sample.estimate = row.clone(), estimate.clone()
+    for sample, row, estimate in zip(samples, _copies(moved), _copies(clean[:count]), strict=True):
+        sample.noisy, sample.estimate = row, estimate
         sample.drawn = None
         sample.calls += 1
+
+
+def _copies(batch: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a batch, each on its own: a view would keep the whole batch alive."""
+    rows: tuple[Tensor, ...] = torch.unbind_copy(batch)  # type: ignore[func-returns-value,assignment]
+    return rows
+
+
+def _draw(samples: Sequence[Sample], like: Tensor) -> Tensor:
+    """The noise of the next step of each of B samples, of the shape and on the device of `like` (B, P)."""
+    draws = torch.zeros_like(like)  # (B, P)
+    for row, sample in enumerate(samples):
+        if sample.step.noise:
+            draws[row] = sample.draw()
+    return draws

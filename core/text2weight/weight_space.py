@@ -62,10 +62,10 @@ class WeightSpace:
         return (weights - self.anchor - self.offset) / self.scale
 
     def restore(self, standardised: Tensor, reach: float = 1.0) -> Tensor:
-        """The sampler's variable (B, P) -> flat weights (B, P).
+        """The sampler's variable (..., P) -> flat weights (..., P).
 
         Args:
-            standardised: (B, P).
+            standardised: (..., P).
             reach: 0..1, how far on the straight line from the anchor to those weights to go. A straight line is one
                 under any scaling, as the map is affine.
         """

@@ -113,7 +113,7 @@ class BatchRunner:
             SelfCheckError: the numbers are others than at start.
             Exception: whatever the model raises.
         """
-        self._hand_over()
+        self.hand_over()
         self._request = self._check_request()
         with self.watch:
             sample = self._model.begin(self._request)
@@ -161,8 +161,6 @@ class BatchRunner:
             not its own input.
         """
         self._drop_unwanted()
-        # Not before: the event loop answers while the device computes, instead of taking the interpreter from `admit`.
-        self._hand_over()
         if not self.running:
             return True
         self._turn += 1
@@ -170,14 +168,11 @@ class BatchRunner:
         failed = self._call(members, rows)
         for one in members:
             one.last_turn = self._turn
-        left_well = self._leave()
-        if not self.running:  # there may be no next call; a self-check hands over by itself
-            self._hand_over()
-        return left_well and failed < len(members)
+        return self._leave() and failed < len(members)
 
     def fail_all(self, error: Exception) -> None:
         """Resolve all running items with an error, after those that are done."""
-        self._hand_over()
+        self.hand_over()
         resolve_all((one.item, error) for one in self.running)
         self.running.clear()
 
@@ -242,7 +237,9 @@ class BatchRunner:
         """Make a call; returns its seconds."""
         started_at = time.monotonic()
         with self.watch:
-            self._model.advance(samples, rows)
+            # Not before: the event loop answers while the network computes, instead of taking the interpreter from
+            # what comes before that.
+            self._model.advance(samples, rows, self.hand_over)
         return time.monotonic() - started_at
 
     def _report(self, one: Running) -> int:
@@ -273,8 +270,8 @@ class BatchRunner:
             self.running.remove(one)
         return not done or failed < len(done)
 
-    def _hand_over(self) -> None:
-        """Resolve the items that are finished."""
+    def hand_over(self) -> None:
+        """Resolve the items that are finished. Calls of the denoiser do it; this is for when there is none."""
         if self._results:
             resolve_all(self._results)
             self._metrics.heads.inc(len(self._results))

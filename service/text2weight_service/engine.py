@@ -355,7 +355,10 @@ class Engine:
         freed = FreedMemory()
         while self.failure is None:
             freed.give_back()
-            items = self._queue.take_ready(0 if runner.running else self.settings.self_check_s)
+            items = self._queue.take_ready()
+            if not items and not runner.running:
+                runner.hand_over()
+                items = self._queue.take_ready(self.settings.self_check_s)
             idle = not items and not runner.running
             if idle and self._queue.over:
                 return

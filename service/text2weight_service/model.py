@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,8 +127,13 @@ class Model(Protocol):
         """Begin a request's reverse diffusion; raises InvalidInputError for one that cannot be computed."""
         ...
 
-    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
-        """Make the next denoiser call of each sample, all in one of so many rows; on an error none has moved."""
+    def advance(
+        self, samples: Sequence[Sample], rows: int | None = None, meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Make the next denoiser call of each sample, all in one of so many rows; on an error none has moved.
+
+        `meanwhile` is called right before the network, which computes without the interpreter.
+        """
         ...
 
     def finish(self, sample: Sample) -> HeadArtifact:

@@ -249,7 +249,7 @@ class WorkQueue:
         if stopped:
             self.fail_waiting()
 
-    def take_ready(self, wait_s: float) -> list[WorkItem]:
+    def take_ready(self, wait_s: float = 0.0) -> list[WorkItem]:
         """Take all items that are ready, after waiting at most `wait_s` for one."""
         with self._lock:
             if wait_s > 0:

@@ -162,13 +162,13 @@ def test_the_generator_shows_the_aligned_head_at_every_call(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[GivenHeads | None] = []
-    forward = generator._denoiser.forward
+    call = generator._call
 
     def watch(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         shown.append(condition.given)
-        return forward(noisy, timesteps, condition)
+        return call(noisy, timesteps, condition)
 
-    monkeypatch.setattr(generator._denoiser, "forward", watch)
+    monkeypatch.setattr(generator, "_call", watch)
     reordered = permute_units(TINY_SPEC, given_head(), ORDER)
     generator.generate_batch(
         [replace(request_for(generator, 0.5), given=reordered), request_for(generator, None), request_for(generator, 1)]

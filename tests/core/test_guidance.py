@@ -133,13 +133,13 @@ def test_no_request_changes_anothers_result(guided: Generator, scales: list[floa
 
 def test_scale_one_makes_no_second_call(guided: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    forward = guided._denoiser.forward
+    call = guided._call
 
     def count(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         sizes.append(len(noisy))
-        return forward(noisy, timesteps, condition)
+        return call(noisy, timesteps, condition)
 
-    monkeypatch.setattr(guided._denoiser, "forward", count)
+    monkeypatch.setattr(guided, "_call", count)
     guided.generate_batch([request_for(guided, 1.0), request_for(guided, 1.0)])
     guided.generate_batch([request_for(guided, 1.0, steps=2), request_for(guided, 2.0, steps=1)])
     assert sizes == [2, 2, 2, 3, 1]

@@ -12,7 +12,7 @@ import torch
 
 from tests.patience import HELD_S
 from text2weight.artifact import FORMAT, HeadArtifact
-from text2weight.condition import condition_on_classes, pad_embeddings
+from text2weight.condition import condition_of_task
 from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.enhancement import Start
@@ -114,14 +114,17 @@ class FakeModel:
     def begin(self, request: GenerationRequest) -> Sample:
         if "unbeginnable" in request.classes:
             raise RuntimeError("secret internals")
-        padded, mask = pad_embeddings([request.embeddings], -(-len(request.classes) // 8) * 8)
         source = torch.Generator().manual_seed(request.seed)
         noisy = torch.randn(SPEC.num_parameters, generator=source)  # (P,)
         plan = make_plan(request.sampler, request.steps, self.config.schedule)
-        condition = condition_on_classes(padded, mask)
+        condition = condition_of_task(request.embeddings, -(-len(request.classes) // 8) * 8)
         return Sample(request, Start(1000), plan, source, condition, noisy, torch.zeros_like(noisy))
 
-    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
+    def advance(
+        self, samples: Sequence[Sample], rows: int | None = None, meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        if meanwhile is not None:
+            meanwhile()
         self.threads.add(threading.current_thread().name)
         if self.lost:
             raise RuntimeError("device lost")
