@@ -21,6 +21,7 @@ BENCHMARKS = {
     "mixed_load": True,
     "http_overhead": True,
     "sampler_cost": True,
+    "traced_call": True,
     "zoo_rate": False,
 }
 EXIT_FAILED = 1

@@ -12,7 +12,19 @@ import open_clip
 import pytest
 from safetensors.torch import save_file
 
-from bench import faults, http_overhead, latency, mixed_load, run, sampler_cost, soak, throughput, timing, zoo_rate
+from bench import (
+    faults,
+    http_overhead,
+    latency,
+    mixed_load,
+    run,
+    sampler_cost,
+    soak,
+    throughput,
+    timing,
+    traced_call,
+    zoo_rate,
+)
 from tests.patience import PROCESS_S
 from tests.tiny import TINY_DIM, TINY_NAMES, save_tiny_checkpoint
 from text2weight import checkpoint as checkpoint_module
@@ -30,6 +42,7 @@ TINY_SIZES = {
     "sampler_cost": sampler_cost.Sizes(
         ddpm_steps=3, repeats=2, warmup=1, denoiser=DenoiserConfig(tokens="chunk", width=16, depth=1, heads=2)
     ),
+    "traced_call": traced_call.Sizes(alone=2, beside=1),
     "zoo_rate": zoo_rate.Sizes(heads=3, steps=2, features_per_class=2, repeats=2, warmup=1),
 }
 
@@ -131,6 +144,14 @@ def test_sampler_cost_takes_all_steps_unless_quick() -> None:
     assert (paper.tokens, paper.chunk_size, paper.width, paper.depth) == ("chunk", 576, 1024, 6)
 
 
+def test_traced_call(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured("traced_call", model, monkeypatch, capsys)
+    assert set(result["cases"]) == {f"{rows} {how}" for rows in (1, 8, 32) for how in ("alone", "beside")}
+    for case in result["cases"].values():
+        assert case["ratio"] == pytest.approx(case["plain_ms"]["median"] / case["traced_ms"]["median"], rel=1e-2)
+    assert result["ratio"] == result["cases"]["32 beside"]["ratio"]
+
+
 def test_zoo_rate(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = measured("zoo_rate", model, monkeypatch, capsys)
     assert result["heads"] == 3
@@ -176,7 +197,8 @@ def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         run.main(["speed"])
     assert (
-        "choose among latency, throughput, mixed_load, http_overhead, sampler_cost, zoo_rate" in capsys.readouterr().err
+        "choose among latency, throughput, mixed_load, http_overhead, sampler_cost, traced_call, zoo_rate"
+        in capsys.readouterr().err
     )
 
 
