@@ -23,7 +23,7 @@ from text2weight.denoiser import Denoiser, DenoiserConfig
 from text2weight.generator import GenerationRequest, Generator
 
 PAPER_STEPS = 1000
-PAPER_DENOISER = DenoiserConfig(tokens="chunk", chunk_size=576, width=1024, depth=6, heads=16)
+PAPER_DENOISER = DenoiserConfig(tokens="chunk", chunk_size=576, width=1024, depth=6, heads=8)
 
 
 @dataclass(frozen=True)

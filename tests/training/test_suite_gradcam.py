@@ -28,6 +28,7 @@ from text2weight_training.model_cli import evaluate_app
 from text2weight_training.presets import Preset
 from text2weight_training.suites import gradcam
 from text2weight_training.suites.base import SuiteRun
+from text2weight_training.suites.figures import save_figure
 from text2weight_training.suites.runner import run_suites, with_pictures
 from text2weight_training.tasks import load_task_data
 from text2weight_training.zoo import build_zoo
@@ -169,8 +170,23 @@ def test_it_is_the_same_twice_and_draws_a_figure(
     pictured: Pictured, measured: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     assert json.dumps(gradcam.run(pictured.run(tmp_path, pictured.images))) == json.dumps(measured[0])
-    assert (tmp_path / "gradcam.svg").read_bytes() == (measured[1] / "gradcam.svg").read_bytes()
-    assert (tmp_path / "gradcam.png").read_bytes().startswith(b"\x89PNG")
+    for stem in ("gradcam", "pictures-gradcam"):
+        assert (tmp_path / f"{stem}.svg").read_bytes() == (measured[1] / f"{stem}.svg").read_bytes()
+        assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_the_second_figure_shows_the_pictures(tmp_path: Path) -> None:
+    heat = {name: torch.rand(1, 3, 3) for name in gradcam.COLUMNS}
+    probability = {name: torch.rand(1) for name in gradcam.COLUMNS}
+
+    def drawn(colour: int, over_pictures: bool) -> bytes:
+        pixels = torch.full((1, 3, 8, 8), colour, dtype=torch.uint8)
+        figure = gradcam._figure([gradcam.Seen(pixels, ("apple",), heat, probability)], over_pictures)
+        save_figure(figure, tmp_path / "figure")
+        return (tmp_path / "figure.png").read_bytes()
+
+    assert drawn(10, over_pictures=False) == drawn(200, over_pictures=False)
+    assert drawn(10, over_pictures=True) != drawn(200, over_pictures=True)
 
 
 def test_the_report_has_a_row_per_head(measured: tuple[dict[str, Any], Path]) -> None:

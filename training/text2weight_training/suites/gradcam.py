@@ -11,7 +11,7 @@ Letters: M tasks, N pictures of a task, R their side in pixels, a x b the last f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from text2weight_training.image_encoders import ImageEncoder, load_image_encoder
 from text2weight_training.suites.base import SuiteRun, Task, method_name, train_heads
 from text2weight_training.suites.figures import new_grid, save_figure
 from text2weight_training.suites.tables import markdown_table, number, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The folder of a checkpoint that `t2w fit --backbone` copies the backbone into.
 CHECKPOINT_BACKBONE = "backbone"
@@ -91,7 +94,9 @@ def run(run: SuiteRun) -> dict[str, Any]:
         _look(run, encoder, images, pictures, task, {name: rows[i] for name, rows in heads.items()}, i)
         for i, task in enumerate(tasks)
     ]
-    _plot(run, seen[: settings.rows])
+    save_figure(_figure(seen[: settings.rows], over_pictures=False), run.out / "gradcam")
+    # Of another name, so that no page takes it: the pictures are their data set's.
+    save_figure(_figure(seen[: settings.rows], over_pictures=True), run.out / "pictures-gradcam")
     bootstrap = PairedBootstrap(len(tasks), settings.bootstrap, run.preset.seed)
     return {
         "images": images.name,
@@ -179,29 +184,31 @@ def _summarise(seen: list[Seen], name: str, bootstrap: PairedBootstrap) -> dict[
     }
 
 
-def _plot(run: SuiteRun, seen: list[Seen]) -> None:
-    """One picture of each task, and its map for every column, over the picture."""
-    figure, panels = new_grid(len(seen), 1 + len(COLUMNS), 1.6)
+def _figure(seen: list[Seen], over_pictures: bool) -> Figure:
+    """The maps of one picture of each task, a column for every head: over the picture, which comes first, or alone."""
+    figure, panels = new_grid(len(seen), over_pictures + len(COLUMNS), 1.6)
     for row, one in zip(panels, seen, strict=True):
         picture = one.pixels[0].permute(1, 2, 0).numpy()  # (R, R, 3)
-        row[0].imshow(picture)
+        side = picture.shape[0]
+        if over_pictures:
+            row[0].imshow(picture)
         row[0].set_ylabel(one.names[0], fontsize="small")
-        for axes, name in zip(row[1:], COLUMNS, strict=True):
-            side = picture.shape[0]
-            axes.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255)
+        for axes, name in zip(row[-len(COLUMNS) :], COLUMNS, strict=True):
+            if over_pictures:
+                axes.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255)
             axes.imshow(
                 one.heat[name][0].numpy(),
                 cmap="jet",
-                alpha=0.45,
+                alpha=0.45 if over_pictures else 1,
                 vmin=0,
                 vmax=1,
                 interpolation="bilinear",
                 extent=(-0.5, side - 0.5, side - 0.5, -0.5),
             )
             axes.set_xlabel(f"p = {float(one.probability[name][0]):.2f}", fontsize="small")
-    for axes, title in zip(panels[0], ("picture", *COLUMNS), strict=True):
+    for axes, title in zip(panels[0], (*["picture"][: int(over_pictures)], *COLUMNS), strict=True):
         axes.set_title(title, fontsize="small")
-    save_figure(figure, run.out / "gradcam")
+    return figure
 
 
 def report(result: dict[str, Any]) -> str:
@@ -222,6 +229,7 @@ def report(result: dict[str, Any]) -> str:
         f"Grad-CAM of the right class on {result['pictures']} test pictures of {result['images']}, {result['tasks']} "
         f"unseen tasks, maps of {height} x {width} points; estimates of {result['sampler']}. Agreement is the "
         "correlation with the map of the head trained on the task's data, 0 for a map without contrast. It says that "
-        "two heads look at the same places, not that these are the right ones.\n\n"
+        "two heads look at the same places, not that these are the right ones. The figure shows the maps of "
+        "one picture of some tasks; the pictures are in `pictures-gradcam.png`, beside the results.\n\n"
         + markdown_table(["head", "probability of the right class, %", "agreement", "maps without contrast, %"], rows)
     )
