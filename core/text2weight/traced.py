@@ -5,8 +5,8 @@ takes it back, and where another thread runs Python, such as a server's event lo
 5 ms, a call in all more than ten times as long as alone. A trace takes the lock once. It is the same operations, so the
 same bits, and a call of one row takes two thirds of the time (docs/architecture.md).
 
-torch calls its traces deprecated; what it offers in their place needs a compiler on the machine (torch.compile), or
-runs in the interpreter (torch.export).
+torch calls its traces deprecated and does not support them from Python 3.14 on; what it offers in their place needs a
+compiler on the machine (torch.compile), or runs in the interpreter (torch.export).
 """
 
 from __future__ import annotations
