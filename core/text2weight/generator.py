@@ -26,7 +26,6 @@ from torch import Tensor
 from text2weight.artifact import FORMAT, HeadArtifact, created_by
 from text2weight.checkpoint import Checkpoint, CheckpointConfig, load_checkpoint
 from text2weight.condition import (
-    Condition,
     condition_of_task,
     emphasis_of_tasks,
     normalise_class_names,
@@ -38,7 +37,7 @@ from text2weight.enhancement import EnhanceMethod, check_fits, check_given, choo
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.outside import OutsideNames
 from text2weight.samplers import check_sampler, make_plan
-from text2weight.sampling import Denoiser, Sample, advance
+from text2weight.sampling import Denoiser, Sample, advance, preceded
 from text2weight.text_encoder import TEMPLATE_PATTERN, TextEncoder, load_text_encoder
 from text2weight.traced import TracedDenoiser
 
@@ -408,12 +407,7 @@ class Generator:
         Raises:
             Whatever the device raises; then no sample has moved, and the call may be made again.
         """
-
-        def denoiser(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-            if meanwhile is not None:
-                meanwhile()
-            return self._call(noisy, timesteps, condition)
-
+        denoiser = self._call if meanwhile is None else preceded(self._call, meanwhile)
         with self._lock, torch.inference_mode():
             advance(samples, denoiser, self.config.schedule, self.config.prediction, rows or len(samples))
 
