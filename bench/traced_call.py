@@ -10,16 +10,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleave, significant, summary_ms
 from bench.workload import CLASSES_PER_REQUEST
 from text2weight.checkpoint import Checkpoint, load_checkpoint
 from text2weight.condition import Condition, condition_of_task, stack_conditions
-from text2weight.generator import CLASS_MULTIPLE
 from text2weight.traced import TracedDenoiser
 
 ROWS = (1, 8, 32)
@@ -59,11 +60,8 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
 def _inputs(checkpoint: Checkpoint, rows: int) -> tuple[Tensor, Tensor, Condition]:
     config = checkpoint.config
     source = torch.Generator().manual_seed(rows)
-    capacity = -(-CLASSES_PER_REQUEST // CLASS_MULTIPLE) * CLASS_MULTIPLE
     texts = torch.randn(rows, CLASSES_PER_REQUEST, config.denoiser.embedding_dim, generator=source)  # (R, K, D)
-    condition = stack_conditions(
-        [condition_of_task(text / text.norm(dim=-1, keepdim=True), capacity) for text in texts]
-    )
+    condition = stack_conditions([condition_of_task(F.normalize(text, dim=-1)) for text in texts])
     noisy = torch.randn(rows, config.head.num_parameters, generator=source)  # (R, P)
     return noisy, torch.full((rows,), config.schedule.num_timesteps), condition
 
@@ -71,14 +69,11 @@ def _inputs(checkpoint: Checkpoint, rows: int) -> tuple[Tensor, Tensor, Conditio
 def _compare(
     networks: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, Tensor, Condition], rounds: int
 ) -> dict[str, object]:
-    def call(network: Callable[..., Tensor]) -> None:
+    def call(network: Callable[..., Tensor], _: int) -> None:
         with torch.inference_mode():
             network(*inputs)
 
-    actions: dict[str, Callable[[int], object]] = {
-        name: lambda _, network=network: call(network)  # type: ignore[misc]
-        for name, network in networks.items()
-    }
+    actions = {name: partial(call, network) for name, network in networks.items()}
     figures = {name: summary_ms(spent) for name, spent in interleave(actions, repeats=rounds, warmup=3).items()}
     ratio = significant(figures["plain"]["median"] / figures["traced"]["median"])
     return {"ratio": ratio, **{f"{name}_ms": figure for name, figure in figures.items()}}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from text2weight.checkpoint import CheckpointConfig, TextEncoderConfig, save_checkpoint
-from text2weight.condition import Condition, condition_on_classes, pad_embeddings
+from text2weight.condition import Condition, condition_on_classes
 from text2weight.denoiser import Denoiser, DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.head import HeadSpec
@@ -102,3 +102,12 @@ def save_tiny_checkpoint(
     written = CheckpointConfig(**{**settings, **config})
     denoiser = tiny_denoiser(written.head, seed=seed, **written.denoiser.model_dump())
     return save_checkpoint(folder, written, denoiser, tiny_space(written.head), parts)
+
+
+def pad_embeddings(embeddings: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack class embeddings (K_i, D) of several tasks into (B, K, D), K that of the largest, and a mask (B, K)."""
+    longest = max(len(rows) for rows in embeddings)
+    padded = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows in embeddings])  # (B, K, D)
+    counts = torch.tensor([len(rows) for rows in embeddings], device=padded.device)
+    mask = torch.arange(longest, device=padded.device) < counts[:, None]  # (B, K)
+    return padded, mask

@@ -20,6 +20,7 @@ MIN_CLASSES = 2
 MAX_CLASSES = 256
 MAX_NAME_LENGTH = 200
 MAX_WEIGHT = 1000.0  # of a task among others
+CLASS_MULTIPLE = 8  # tasks are padded to a multiple of so many classes
 
 
 @lru_cache(maxsize=4096)
@@ -96,32 +97,27 @@ def emphasis_of_tasks(tasks: Sequence[Sequence[str]], weights: Sequence[float]) 
     return torch.tensor(list(totals.values()))
 
 
-def prior_attention(embeddings: Tensor, mask: Tensor | None = None, emphasis: Tensor | None = None) -> Tensor:
+def prior_attention(embeddings: Tensor, shares: Tensor | None = None) -> Tensor:
     """Pool class embeddings by their closeness to their own mean (T2W's prior attention).
 
     mu = mean of the embeddings, w = softmax(cos(e_i, mu)), pooled = sum w_i e_i.
 
     Args:
         embeddings: (B, K, D), L2-normalised.
-        mask: (B, K) bool, False marks padding; None for none.
-        emphasis: (B, K) positive factors of the classes' shares in mu and w, which still add up to 1; None for
-            equal ones.
+        shares: (B, K) factors of the classes' shares in mu and w, which still add up to 1: positive numbers, or 0 for
+            padding; a mask is that, too. None for equal ones.
 
     Returns:
         (B, D).
     """
-    shares = emphasis  # (B, K)
-    if mask is not None:
-        shares = mask.to(embeddings.dtype) if emphasis is None else mask * emphasis  # (B, K)
     if shares is None:
         mean = embeddings.mean(1)  # (B, D)
     else:
+        shares = shares.to(embeddings.dtype)  # (B, K)
         mean = (embeddings * shares.unsqueeze(-1)).sum(1) / shares.sum(1, keepdim=True)  # (B, D)
     similarity = F.cosine_similarity(embeddings, mean.unsqueeze(1), dim=-1)  # (B, K)
-    if emphasis is not None:
-        similarity = similarity + emphasis.log()  # (B, K)
-    if mask is not None:
-        similarity = similarity.masked_fill(~mask, float("-inf"))  # (B, K)
+    if shares is not None:
+        similarity = similarity + shares.log()  # (B, K) minus infinity for padding
     return (similarity.softmax(-1).unsqueeze(1) @ embeddings).squeeze(1)  # (B, D)
 
 
@@ -185,17 +181,23 @@ class Condition:
         return Condition(self.pooled * kept, self.tokens * kept.unsqueeze(-1), self.mask & kept, self.given)
 
 
-def condition_on_classes(embeddings: Tensor, mask: Tensor, emphasis: Tensor | None = None) -> Condition:
-    """Build the condition from padded class embeddings (B, K, D), their mask (B, K) and emphasis (B, K)."""
-    return Condition(prior_attention(embeddings, mask, emphasis), embeddings * mask.unsqueeze(-1), mask)
+def condition_on_classes(embeddings: Tensor, mask: Tensor) -> Condition:
+    """Build the condition from padded class embeddings (B, K, D) and their mask (B, K)."""
+    return Condition(prior_attention(embeddings, mask), embeddings * mask.unsqueeze(-1), mask)
 
 
-def condition_of_task(embeddings: Tensor, capacity: int, emphasis: Tensor | None = None) -> Condition:
-    """Build the condition of one task, padded to `capacity` classes, from class embeddings (K, D) and emphasis (K,)."""
+def padded_count(classes: int) -> int:
+    """How many class tokens a task with so many classes has: few different numbers, so that equal ones are common."""
+    return -(-classes // CLASS_MULTIPLE) * CLASS_MULTIPLE
+
+
+def condition_of_task(embeddings: Tensor, emphasis: Tensor | None = None) -> Condition:
+    """Build the condition of one task, with padding, from class embeddings (K, D) and positive shares (K,)."""
+    count, capacity = len(embeddings), padded_count(len(embeddings))
     rows = embeddings.unsqueeze(0)  # (1, K, D)
-    pooled = prior_attention(rows, None, None if emphasis is None else emphasis.float().unsqueeze(0))  # (1, D)
-    lacking = capacity - len(embeddings)
-    return Condition(pooled, F.pad(rows, (0, 0, 0, lacking)) if lacking else rows, _first(len(embeddings), capacity))
+    pooled = prior_attention(rows, None if emphasis is None else emphasis.unsqueeze(0))  # (1, D)
+    tokens = F.pad(rows, (0, 0, 0, capacity - count)) if capacity > count else rows  # (1, capacity, D)
+    return Condition(pooled, tokens, _first(count, capacity))
 
 
 @lru_cache(maxsize=1024)
@@ -215,12 +217,3 @@ def stack_conditions(conditions: Sequence[Condition]) -> Condition:
         torch.cat([F.pad(c.mask, (0, n)) if n else c.mask for c, n in zip(conditions, lacking, strict=True)]),
         GivenHeads(torch.cat([g.weights for g in given]), torch.cat([g.present for g in given])) if given else None,
     )
-
-
-def pad_embeddings(embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack class embeddings (K_i, D) of several tasks into (B, K, D), K that of the largest, and a mask (B, K)."""
-    longest = max(len(rows) for rows in embeddings)
-    padded = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows in embeddings])  # (B, K, D)
-    counts = torch.tensor([len(rows) for rows in embeddings], device=padded.device)
-    mask = torch.arange(longest, device=padded.device) < counts[:, None]  # (B, K)
-    return padded, mask

@@ -48,7 +48,6 @@ BUNDLED_TEXT_ENCODER = "text_encoder"
 BUNDLED_CONDITION_TEXT = "condition_text"
 MAX_GUIDANCE_SCALE = 20.0
 MAX_TEMPLATE_LENGTH = 200
-CLASS_MULTIPLE = 8  # requests are padded to a multiple of so many classes
 DEFAULT_STEPS = 20  # of a sampler that the checkpoint names no step count for
 
 
@@ -377,9 +376,7 @@ class Generator:
         """
         self.check(request)
         embeddings = self._read(request)  # (K, D)
-        # Few different shapes, so that equal ones are common: see `sampling.advance`.
-        capacity = -(-len(embeddings) // CLASS_MULTIPLE) * CLASS_MULTIPLE
-        condition = condition_of_task(embeddings, capacity, request.emphasis)
+        condition = condition_of_task(embeddings, request.emphasis)
         given = None if request.given is None else request.given.detach().cpu()  # (P,)
         if given is not None and request.method is None:
             request = replace(request, method=choose_method(self.config.head, self.anchor, given))

@@ -123,8 +123,8 @@ def _copies(batch: Tensor) -> tuple[Tensor, ...]:
 
 def _draw(samples: Sequence[Sample], like: Tensor) -> Tensor:
     """The noise of the next step of each of B samples, of the shape and on the device of `like` (B, P)."""
-    draws = torch.zeros_like(like)  # (B, P)
+    draws = torch.zeros(like.shape)  # (B, P) on the CPU, so that one copy brings all to a device
     for row, sample in enumerate(samples):
         if sample.step.noise:
             draws[row] = sample.draw()
-    return draws
+    return draws.to(like.device)

@@ -15,7 +15,7 @@ from functools import partial
 
 import structlog
 
-from text2weight.generator import CLASS_MULTIPLE
+from text2weight.condition import padded_count
 from text2weight_service.batch_runner import BatchRunner
 from text2weight_service.embedding_cache import EmbeddingCache, MemoryCache, SharedEmbeddings
 from text2weight_service.flights import Flight, Flights
@@ -54,7 +54,7 @@ _WAKE_UP_S = 0.1
 _LAST_CALL_S = 1.0
 # Progress that a stream's slow reader can catch up on.
 _MOST_UNREAD = 32
-_FEW_CLASSES = Shape(CLASS_MULTIPLE, guided=False)
+_FEW_CLASSES = Shape(padded_count(1), guided=False)
 
 
 class Phase(Enum):
@@ -302,7 +302,7 @@ class Engine:
             BusyError: too slow beside the requests that are under way.
         """
         times, guided = loaded.runner.times, work.job.guidance_scale != 1
-        shape = Shape(-(-len(work.job.classes) // CLASS_MULTIPLE) * CLASS_MULTIPLE, guided)
+        shape = Shape(padded_count(len(work.job.classes)), guided)
         left_s = deadline - time.monotonic()
         alone_s = work.calls * times.seconds(shape, 1)
         if _SURE * alone_s > left_s:

@@ -8,13 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import TINY_DIM, tiny_condition
+from tests.tiny import TINY_DIM, pad_embeddings, tiny_condition
 from text2weight.condition import (
     MAX_CLASSES,
     MAX_NAME_LENGTH,
     condition_on_classes,
     normalise_class_names,
-    pad_embeddings,
     prior_attention,
     union_of_tasks,
 )

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from tests.tiny import TINY_DIM, TINY_SPEC, randomise, tiny_condition, tiny_denoiser, tiny_space
-from text2weight.condition import Condition, condition_on_classes, pad_embeddings
+from tests.tiny import TINY_DIM, TINY_SPEC, pad_embeddings, randomise, tiny_condition, tiny_denoiser, tiny_space
+from text2weight.condition import Condition, condition_on_classes
 from text2weight.denoiser import ClassPath, DenoiserConfig, sinusoid
 from text2weight.head import HeadSpec
 from text2weight.weight_tokens import permute_units

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.tiny import TINY_NAMES, TINY_SPEC, save_tiny_checkpoint, tiny_space
+from tests.tiny import TINY_NAMES, TINY_SPEC, pad_embeddings, save_tiny_checkpoint, tiny_space
 from text2weight import GenerationRequest, Generator, HeadArtifact, read_head
 from text2weight.checkpoint import load_checkpoint
-from text2weight.condition import condition_on_classes, pad_embeddings
+from text2weight.condition import condition_on_classes
 from text2weight.diffusion import NoiseSchedule
 from text2weight.enhancement import EnhanceMethod, choose_start, interpolate, scale_last_layer
 from text2weight.errors import InvalidInputError

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tiny import TINY_DIM, TINY_NAMES, TINY_SPEC, save_tiny_checkpoint, tiny_table
+from tests.tiny import TINY_DIM, TINY_NAMES, TINY_SPEC, pad_embeddings, save_tiny_checkpoint, tiny_table
 from text2weight import GenerationRequest, Generator, HeadArtifact, read_head
 from text2weight.checkpoint import TextEncoderConfig, load_checkpoint, save_checkpoint
-from text2weight.condition import condition_on_classes, pad_embeddings
+from text2weight.condition import condition_on_classes
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.generator import MAX_SEED, DenoiserCall
 from text2weight.samplers import SAMPLERS, make_plan, take_steps

@@ -117,7 +117,7 @@ class FakeModel:
         source = torch.Generator().manual_seed(request.seed)
         noisy = torch.randn(SPEC.num_parameters, generator=source)  # (P,)
         plan = make_plan(request.sampler, request.steps, self.config.schedule)
-        condition = condition_of_task(request.embeddings, -(-len(request.classes) // 8) * 8)
+        condition = condition_of_task(request.embeddings)
         return Sample(request, Start(1000), plan, source, condition, noisy, torch.zeros_like(noisy))
 
     def advance(

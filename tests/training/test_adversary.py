@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tests.tiny import TINY_SPEC, save_tiny_checkpoint
+from tests.tiny import TINY_SPEC, pad_embeddings, save_tiny_checkpoint
 from text2weight.checkpoint import load_checkpoint
-from text2weight.condition import condition_on_classes, pad_embeddings
+from text2weight.condition import condition_on_classes
 from text2weight.generator import Generator
 from text2weight.samplers import make_plan
 from text2weight_training.adversary import (

@@ -186,7 +186,8 @@ def _summarise(seen: list[Seen], name: str, bootstrap: PairedBootstrap) -> dict[
 
 def _figure(seen: list[Seen], over_pictures: bool) -> Figure:
     """The maps of one picture of each task, a column for every head: over the picture, which comes first, or alone."""
-    figure, panels = new_grid(len(seen), over_pictures + len(COLUMNS), 1.6)
+    titles = ("picture", *COLUMNS) if over_pictures else COLUMNS
+    figure, panels = new_grid(len(seen), len(titles), 1.6)
     for row, one in zip(panels, seen, strict=True):
         picture = one.pixels[0].permute(1, 2, 0).numpy()  # (R, R, 3)
         side = picture.shape[0]
@@ -206,7 +207,7 @@ def _figure(seen: list[Seen], over_pictures: bool) -> Figure:
                 extent=(-0.5, side - 0.5, side - 0.5, -0.5),
             )
             axes.set_xlabel(f"p = {float(one.probability[name][0]):.2f}", fontsize="small")
-    for axes, title in zip(panels[0], (*["picture"][: int(over_pictures)], *COLUMNS), strict=True):
+    for axes, title in zip(panels[0], titles, strict=True):
         axes.set_title(title, fontsize="small")
     return figure
 
