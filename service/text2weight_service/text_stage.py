@@ -6,7 +6,8 @@ Letter: D embedding size.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import structlog
 from torch import Tensor
@@ -37,13 +38,15 @@ def fail_item(item: WorkItem, error: Exception) -> bool:
     return True
 
 
-def encode_texts(encoder: TextEncoder, texts: Sequence[str], watch: CallWatch) -> dict[str, Tensor]:
+def encode_texts(
+    encoder: TextEncoder, texts: Sequence[str], around: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> dict[str, Tensor]:
     """Embeddings (D,) by text, from calls of one size: no bit of one depends on what is encoded with it.
 
     Args:
         encoder: makes the embeddings.
         texts: any number.
-        watch: sees each call.
+        around: made anew for each call, which happens in it.
 
     Raises:
         Whatever the encoder raises.
@@ -52,7 +55,7 @@ def encode_texts(encoder: TextEncoder, texts: Sequence[str], watch: CallWatch) -
     for start in range(0, len(texts), TEXTS_PER_CALL):
         part = list(texts[start : start + TEXTS_PER_CALL])
         padded = part + part[:1] * (TEXTS_PER_CALL - len(part))
-        with watch:
+        with around():
             encoded = encoder.encode(padded)  # (TEXTS_PER_CALL, D)
         # Copies, because a row of the result would keep the whole result alive in the cache.
         rows.update({text: row.clone() for text, row in zip(part, encoded, strict=False)})
@@ -60,7 +63,7 @@ def encode_texts(encoder: TextEncoder, texts: Sequence[str], watch: CallWatch) -
 
 
 class TextStage:
-    """Takes items with missing texts from the queue and gives them back with embeddings."""
+    """Takes items with missing texts from the queue and gives them back with embeddings, some texts at a time."""
 
     def __init__(self, encoder: TextEncoder, memory: MemoryCache, queue: WorkQueue, metrics: Metrics) -> None:
         """Encode for a queue; `memory` keeps what was encoded."""
@@ -74,19 +77,23 @@ class TextStage:
     def run(self) -> None:
         """Work until the queue is over."""
         while taken := self._queue.take_texts():
-            self._queue.put_ready(len(taken), self._embed(taken))
+            self._queue.put_back(len(taken), self._embed(taken))
 
     def _embed(self, taken: Sequence[WorkItem]) -> list[WorkItem]:
-        """Embed all items together; where that fails, one by one, so that a broken one fails alone."""
-        items = [item for item in taken if not item.abandoned and time.monotonic() < item.deadline]
-        done = [item for item in taken if item not in items]  # the model's thread turns them down
+        """Embed the next texts of all items; where that fails, item by item, so that a broken one fails alone.
+
+        Returns:
+            the items that go on.
+        """
+        items = [item for item in taken if item.start()]
         try:
             self._encode(items)
-            return [*done, *items]
+            return items
         except Exception as error:  # a text encoder may raise anything, and the thread must survive it
             if len(items) > 1 and not isinstance(error, InvalidInputError):
                 self._metrics.batch_failures.inc()
                 log.warning("text encoder failed, retrying item by item", items=len(items), error=repr(error))
+        done = []
         for item in items:
             try:
                 self._encode([item])
@@ -100,18 +107,18 @@ class TextStage:
 
     def _encode(self, items: Sequence[WorkItem]) -> None:
         started_at = time.monotonic()
-        missing = list(dict.fromkeys(text for item in items for text in item.missing))
-        rows = self._memory.get(missing)  # an earlier round may have computed some since they were asked for
-        unknown = [text for text in missing if text not in rows]
-        encoded: dict[str, Tensor] = {}
-        if unknown:
-            encoded = encode_texts(self._encoder, unknown, self.watch)
-            self._memory.put(encoded)
+        wanted = list(dict.fromkeys(text for item in items for text in item.next_texts))
+        rows = self._memory.get(wanted)  # an earlier turn may have computed some since they were asked for
+        unknown = [text for text in wanted if text not in rows]
+        encoded = encode_texts(self._encoder, unknown, self._call)
+        self._memory.put(encoded)
         spent = time.monotonic() - started_at
-        self._metrics.stage_seconds.labels("encode").observe(spent)
-        rows |= encoded
         for item in items:
-            own = item.missing
-            item.encoded = {text: encoded[text] for text in own if text in encoded}
-            item.encode_s = spent
-            item.known = {**item.known, **{text: rows[text] for text in own}}
+            item.learn(rows | encoded, encoded, spent)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        started_at = time.monotonic()
+        with self.watch:
+            yield
+        self._metrics.stage_seconds.labels("encode").observe(time.monotonic() - started_at)

@@ -15,7 +15,6 @@ from torch import Tensor
 from text2weight.condition import normalise_class_names, plain_name
 from text2weight.errors import InvalidInputError, Text2WeightError
 from text2weight.text_encoder import read_embedding_table
-from text2weight_service.call_watch import CallWatch
 from text2weight_service.embedding_cache import SharedEmbeddings
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
@@ -77,7 +76,7 @@ def names_source(model: Model, file: Path) -> Source:
 
     def encode(prompts: Sequence[str]) -> Tensor:
         try:
-            rows = encode_texts(model.text_encoder, prompts, CallWatch())  # bit for bit what a worker computes
+            rows = encode_texts(model.text_encoder, prompts)  # bit for bit what a worker computes
         except Text2WeightError as error:
             raise WarmError(str(error)) from None
         return torch.stack([rows[prompt] for prompt in prompts])  # (n, D)

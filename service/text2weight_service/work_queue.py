@@ -14,8 +14,10 @@ from torch import Tensor
 
 from text2weight_service.job import Work
 
-# Texts that are encoded together at most: an item waits for its own texts and not for those of a hundred others.
-_TEXTS_TOGETHER = 256
+# Texts in one turn of the text encoder, of all items and of one: an item waits neither for those of a hundred others
+# nor for the thousands that another one may have.
+_TEXTS_TOGETHER = 64
+_TEXTS_OF_ONE = 16
 
 
 class QueueFullError(Exception):
@@ -76,7 +78,7 @@ class WorkItem:
 
     Attributes:
         work: what is computed.
-        known: embeddings (D,) by text that the caches already held; the text encoder's are added.
+        known: embeddings (D,) by text that the caches already held; `learn` adds the text encoder's.
         deadline: `time.monotonic()` after which nobody wants the result.
         report: called on the model's thread after each of the item's denoiser calls, or None.
         heads_every: report a head after every so many calls; 0 for never.
@@ -85,22 +87,25 @@ class WorkItem:
         queued_at: `time.monotonic()` of its making.
         encoded: embeddings (D,) by text that were computed for it, for the shared cache.
         encode_s: time of that, seconds.
+        missing: texts that are yet to be embedded.
         calls_left: denoiser calls that are still to be made.
     """
 
     work: Work
-    known: Mapping[str, Tensor]
+    known: dict[str, Tensor]
     deadline: float
     report: Callable[[Progress], None] | None = None
     heads_every: int = 0
     future: asyncio.Future[Generated] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     abandoned: bool = False
     queued_at: float = field(default_factory=time.monotonic)
-    encoded: Mapping[str, Tensor] = field(default_factory=dict)
+    encoded: dict[str, Tensor] = field(default_factory=dict)
     encode_s: float = 0.0
-    calls_left: int = 0
+    missing: list[str] = field(init=False)
+    calls_left: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.missing = [text for text in self.work.texts if text not in self.known]
         self.calls_left = self.work.calls
 
     @property
@@ -109,12 +114,26 @@ class WorkItem:
         return self.work.request.guidance_scale != 1
 
     @property
-    def missing(self) -> list[str]:
-        """Texts that are yet to be embedded."""
-        return [text for text in self.work.texts if text not in self.known]
+    def next_texts(self) -> list[str]:
+        """The missing texts of its next turn in the text encoder."""
+        return self.missing[:_TEXTS_OF_ONE]
+
+    def learn(self, rows: Mapping[str, Tensor], encoded: Mapping[str, Tensor], seconds: float) -> None:
+        """Take the embeddings of `next_texts`.
+
+        Args:
+            rows: embeddings (D,) by text, among them those of `next_texts`.
+            encoded: those of them that were not there already.
+            seconds: time of the turn.
+        """
+        own = self.next_texts
+        self.known |= {text: rows[text] for text in own}
+        self.encoded |= {text: encoded[text] for text in own if text in encoded}
+        self.encode_s += seconds
+        del self.missing[: len(own)]
 
     def start(self) -> bool:
-        """Claim the item for the model; False when nobody waits for it or, with an error, when it is too late."""
+        """Claim the item for a thread; False when nobody waits for it or, with an error, when it is too late."""
         if self.abandoned:
             return False
         if time.monotonic() >= self.deadline:
@@ -224,9 +243,9 @@ class WorkQueue:
             self._give_up(place)
 
     def take_texts(self) -> list[WorkItem]:
-        """Wait for items with missing texts, and take some; an empty list once no more can come.
+        """Wait for items with missing texts, and take some for a turn; an empty list once no more can come.
 
-        Each of them has to come back through `put_ready`, or have its future resolved and be counted off there.
+        Each of them has to come back through `put_back`, or have its future resolved and be counted off there.
         """
         with self._lock:
             self._texts_came.wait_for(lambda: self._without_texts or self._over())
@@ -234,15 +253,17 @@ class WorkQueue:
             texts: set[str] = set()
             while self._without_texts and len(texts) < _TEXTS_TOGETHER:
                 items.append(self._without_texts.popleft())
-                texts.update(items[-1].missing)
+                texts.update(items[-1].next_texts)
             self._encoding += len(items)
             return items
 
-    def put_ready(self, taken: int, items: Sequence[WorkItem]) -> None:
-        """Hand over the encoded ones among `taken` items, for the model to take."""
+    def put_back(self, taken: int, items: Sequence[WorkItem]) -> None:
+        """Take back those of `taken` items that go on: to the model, or for another turn where texts are missing."""
         with self._lock:
             self._encoding -= taken
-            self._ready.extend(item for item in items if not item.abandoned)
+            for item in items:
+                if not item.abandoned:
+                    (self._without_texts if item.missing else self._ready).append(item)
             self._ready_came.notify()
             self._tell_if_over()
             stopped = self._stopped

@@ -18,7 +18,6 @@ from text2weight.checkpoint import bundled_checkpoint, read_config
 from text2weight.denoiser import DenoiserConfig
 from text2weight.enhancement import EnhanceMethod
 from text2weight.weight_tokens import permute_units
-from text2weight_service.call_watch import CallWatch
 from text2weight_service.engine import Engine
 from text2weight_service.job import Job
 from text2weight_service.text_stage import encode_texts
@@ -69,7 +68,7 @@ def served(generator: Generator) -> Iterator[tuple[asyncio.Runner, Engine]]:
 
 def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
     """The head without any engine, in calls of a fixed size."""
-    embeddings = encode_texts(generator.text_encoder, generator.prompts(asked.classes), CallWatch())
+    embeddings = encode_texts(generator.text_encoder, generator.prompts(asked.classes))
     sampler, steps = generator.resolve_sampling(asked.sampler, asked.steps)
     request = GenerationRequest(
         asked.classes,

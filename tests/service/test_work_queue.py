@@ -18,7 +18,7 @@ from text2weight_service.work_queue import DeadlineError, Generated, WorkItem, r
 
 
 def item() -> WorkItem:
-    return WorkItem(Mock(Work, calls=1, request=Mock(GenerationRequest)), known={}, deadline=0.0)
+    return WorkItem(Mock(Work, calls=1, texts=(), request=Mock(GenerationRequest)), known={}, deadline=0.0)
 
 
 async def test_a_loop_is_woken_once_for_many_items(monkeypatch: pytest.MonkeyPatch) -> None:
