@@ -30,44 +30,48 @@ def plain_name(name: str) -> str:
 
 
 def normalise_class_names(
-    names: Sequence[str], *, minimum: int = MIN_CLASSES, maximum: int = MAX_CLASSES
+    names: Sequence[str], *, minimum: int = MIN_CLASSES, maximum: int = MAX_CLASSES, field: str = "classes"
 ) -> tuple[str, ...]:
     """Bring class names into the one form that prompts, caches and tables use.
 
     Unicode is composed (NFC), underscores become spaces, runs of white space become one space.
 
+    Args:
+        names: as their user wrote them.
+        minimum: fewest that are allowed.
+        maximum: most.
+        field: of the request that holds them, for errors.
+
     Raises:
-        InvalidInputError: field "classes"; too few or too many names, or a name that is not text, is
+        InvalidInputError: `field`; too few or too many names. `field[i]`; a name that is not text, is
             empty, too long, holds control characters, or repeats another one (ignoring case).
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise InvalidInputError("classes", "classes must be a list of names")
+        raise InvalidInputError(field, f"{field} must be a list of names")
     if not minimum <= len(names) <= maximum:
-        raise InvalidInputError("classes", f"{len(names)} class names given: allowed are {minimum} to {maximum}")
-    normalised = tuple(_normalise_name(i, name) for i, name in enumerate(names))
+        raise InvalidInputError(field, f"{len(names)} class names given: allowed are {minimum} to {maximum}")
+    normalised = tuple(_normalise_name(f"{field}[{i}]", name) for i, name in enumerate(names))
     first_seen: dict[str, int] = {}
     for i, name in enumerate(normalised):
         earlier = first_seen.setdefault(name.casefold(), i)
         if earlier != i:
-            message = f"classes[{i}] {name!r} repeats classes[{earlier}]: name each class once"
-            raise InvalidInputError("classes", message)
+            message = f"{field}[{i}] {name!r} repeats {field}[{earlier}]: name each class once"
+            raise InvalidInputError(f"{field}[{i}]", message)
     return normalised
 
 
-def _normalise_name(index: int, name: str) -> str:
+def _normalise_name(field: str, name: str) -> str:
     if not isinstance(name, str):
-        raise InvalidInputError("classes", f"classes[{index}] is a {type(name).__name__}: names must be strings")
+        raise InvalidInputError(field, f"{field} is a {type(name).__name__}: names must be strings")
     if len(name) > MAX_NAME_LENGTH:
-        raise InvalidInputError(
-            "classes", f"classes[{index}] has {len(name)} characters: at most {MAX_NAME_LENGTH} are allowed"
-        )
+        raise InvalidInputError(field, f"{field} has {len(name)} characters: at most {MAX_NAME_LENGTH} are allowed")
     # Tabs and line ends count as white space below; surrogates cannot be encoded and are refused too.
     if not name.isprintable() and any(unicodedata.category(c) in {"Cc", "Cs"} and not c.isspace() for c in name):
-        raise InvalidInputError("classes", f"classes[{index}] holds control characters: remove them")
+        raise InvalidInputError(field, f"{field} holds control characters: remove them")
     words = plain_name(name)
     # Format characters (zero-width space, direction marks) are part of many names, but no name by themselves.
     if all(char == " " or unicodedata.category(char) == "Cf" for char in words):
-        raise InvalidInputError("classes", f"classes[{index}] is empty: give it a name")
+        raise InvalidInputError(field, f"{field} is empty: give it a name")
     return words
 
 

@@ -11,7 +11,7 @@ class InvalidInputError(Text2WeightError, ValueError):
     """A value the caller gave cannot be used.
 
     Attributes:
-        field: name of the offending field of the request ("classes", "seed", "steps", "sampler", ...).
+        field: name of the offending field of the request ("classes", "classes[3]", "seed", "steps", "sampler", ...).
     """
 
     def __init__(self, field: str, message: str) -> None:

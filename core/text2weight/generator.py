@@ -261,7 +261,7 @@ class Generator:
         Raises:
             InvalidInputError: `field` says which argument, the message what is allowed.
         """
-        names = [normalise_class_names(task, minimum=1) for task in tasks]
+        names = [normalise_class_names(task, minimum=1, field=f"tasks[{i}].classes") for i, task in enumerate(tasks)]
         emphasis = None if weights is None else emphasis_of_tasks(names, weights)
         request = self._request(union_of_tasks(names), seed, steps, sampler, guidance_scale)
         return self.generate_batch([replace(request, emphasis=emphasis)])[0]

@@ -47,7 +47,7 @@ def check_sampler(sampler: str, steps: int, num_timesteps: int) -> None:
         InvalidInputError: unknown sampler, or a step count outside 1..N (exactly 1 for "mean").
     """
     if sampler not in SAMPLERS:
-        raise InvalidInputError("sampler", f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        raise InvalidInputError("sampler", f"unknown sampler {sampler[:80]!r}: choose one of {', '.join(SAMPLERS)}")
     if not 1 <= steps <= num_timesteps:
         raise InvalidInputError("steps", f"steps is {steps}: allowed are 1 to {num_timesteps}")
     exact = EXACT_STEPS.get(sampler, steps)

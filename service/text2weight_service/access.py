@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from contextlib import AsyncExitStack
+from functools import lru_cache
 
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -103,11 +104,13 @@ class AccessMiddleware:
             place = await held.enter_async_context(access.concurrency.place(client))
             if not place:
                 access.requests.labels(name, "busy").inc()
-                raise _rate_limited("too many requests of this client are running", _BUSY_RETRY_AFTER_S)
-        wait_s = await access.rate.hit(client) if access.rate is not None else None
-        if wait_s is not None:
-            access.requests.labels(name, "rate-limited").inc()
-            raise _rate_limited("this client made too many requests", wait_s)
+                what = f"{access.concurrency.most} requests of this client are running, as many as are allowed"
+                raise _rate_limited(what, _BUSY_RETRY_AFTER_S)
+        if access.rate is not None:
+            wait_s = await access.rate.hit(client)
+            if wait_s is not None:
+                access.requests.labels(name, "rate-limited").inc()
+                raise _rate_limited(f"this client made more requests than {access.rate.limit} allows", wait_s)
         access.requests.labels(name, "accepted").inc()
         held.enter_context(structlog.contextvars.bound_contextvars(client=name))
 
@@ -129,9 +132,15 @@ class AccessMiddleware:
 
 def _network(scope: Scope) -> str:
     """The client's address, or that of its IPv6 network; proxies can write anything there."""
+    client = scope["client"]
+    return "unknown" if client is None else _network_of(client[0])
+
+
+@lru_cache(maxsize=1024)
+def _network_of(host: str) -> str:
     try:
-        address = ipaddress.ip_address(scope["client"][0])
-    except (TypeError, ValueError):
+        address = ipaddress.ip_address(host)
+    except ValueError:
         return "unknown"
     if address.version == 4:
         return str(address)

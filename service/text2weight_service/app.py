@@ -8,12 +8,14 @@ from importlib.metadata import version
 
 import structlog
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from opentelemetry.trace import TracerProvider
 
 from text2weight_service import (
     classify_routes,
     enhance_routes,
     fuse_routes,
+    generate_routes,
     playground_routes,
     routes,
     stream_routes,
@@ -29,6 +31,16 @@ from text2weight_service.tracing import install_tracer, telemetry
 from text2weight_service.uploads import Uploads
 
 log = structlog.get_logger(__name__)
+
+_ROUTERS = (
+    generate_routes.router,
+    stream_routes.router,
+    fuse_routes.router,
+    enhance_routes.router,
+    classify_routes.router,
+    routes.router,
+    playground_routes.router,
+)
 
 
 def create_app(
@@ -76,14 +88,7 @@ def create_app(
     engine.metrics.watch_worker(lambda: engine.phase.value, lambda: _build(engine, app.version))
     app.state.uploads = Uploads(settings.max_upload_bytes, settings.queue_size)
     app.state.classifier = PictureClassifier(settings.max_classes)
-    for router in (
-        routes.router,
-        stream_routes.router,
-        fuse_routes.router,
-        enhance_routes.router,
-        classify_routes.router,
-        playground_routes.router,
-    ):
+    for router in _ROUTERS:
         app.include_router(router)
     install_problem_handlers(app)
     install_openapi(app)
@@ -95,7 +100,8 @@ def create_app(
         timeout_s=settings.request_timeout_s,
     )
     app.add_middleware(AccessMiddleware, access=access)
-    app.add_middleware(RequestContextMiddleware, metrics=engine.metrics)
+    paths = {route.path for router in _ROUTERS for route in router.routes if isinstance(route, APIRoute)}
+    app.add_middleware(RequestContextMiddleware, metrics=engine.metrics, paths=paths)
     app.add_middleware(SafeHeadersMiddleware, docs_path=app.docs_url or "")
     return app
 

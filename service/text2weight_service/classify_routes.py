@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from text2weight_service.classify import MAX_PICTURES, ClassifyJob, PictureClassifier, backbone_folder
-from text2weight_service.exchange import ReadyEngine, answer_deadline, problem_docs, while_connected
+from text2weight_service.exchange import answer_deadline, problem_docs, ready_engine, while_connected
 from text2weight_service.multipart import PartRule, read_parts
 from text2weight_service.problems import Kind, ProblemError
 from text2weight_service.tracing import server_timing
@@ -37,11 +37,6 @@ class Classification(BaseModel):
     """Answer of `POST /classify`."""
 
     images: list[ClassifiedPicture] = Field(description="one entry per picture, in the order of the request")
-
-
-async def _classifier(request: Request) -> PictureClassifier:
-    classifier: PictureClassifier = request.app.state.classifier
-    return classifier
 
 
 _FILE: dict[str, Any] = {"type": "string", "format": "binary"}
@@ -77,16 +72,13 @@ _FILE: dict[str, Any] = {"type": "string", "format": "binary"}
         }
     },
 )
-async def classify(
-    request: Request,
-    response: Response,
-    engine: ReadyEngine,
-    classifier: Annotated[PictureClassifier, Depends(_classifier)],
-) -> Classification:
+async def classify(request: Request, response: Response) -> Classification:
     """Run pictures through the checkpoint's own backbone and preprocessing, and then through a head.
 
     The head must be made for that backbone. Pictures are turned upright by their EXIF orientation.
     """
+    engine = ready_engine(request)
+    classifier: PictureClassifier = request.app.state.classifier
     deadline = answer_deadline(request, engine, None)
     folder = backbone_folder(engine.model)
     if folder is None:

@@ -332,7 +332,8 @@ class Engine:
         except QueueFullError:
             self.metrics.refused.labels("full").inc()
             retry_after_s = 1 if self._loaded is None else self._retry_after_s(self._loaded)
-            raise BusyError(f"{self._queue.waiting} requests are waiting", retry_after_s) from None
+            places = self.settings.queue_size
+            raise BusyError(f"{places} requests are under way, as many as are allowed", retry_after_s) from None
         except StoppedError:
             raise NotReadyError(self.phase) from None
         except TimeoutError:

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from text2weight_service.engine import Engine
 from text2weight_service.exchange import (
-    ReadyEngine,
+    DirectRoute,
     answer_deadline,
     body_docs,
     head_docs,
     parse_json,
+    ready_engine,
 )
 from text2weight_service.heads import HeadResponse, answer_with_heads, new_job
 from text2weight_service.multipart import read_parts
 from text2weight_service.schemas import EnhanceRequest
-from text2weight_service.uploads import HEAD_DOCS, Uploads, UploadsDependency, read_upload, upload_rules
+from text2weight_service.uploads import HEAD_DOCS, Uploads, read_upload, upload_rules, uploads_of
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post(
@@ -38,11 +39,12 @@ router = APIRouter()
         {"head": HEAD_DOCS, "request": {"$ref": "#/components/schemas/EnhanceRequest"}},
     ),
 )
-async def enhance(request: Request, engine: ReadyEngine, uploads: UploadsDependency) -> Response:
+async def enhance(request: Request) -> Response:
     """Improve an uploaded head for class names.
 
     Strength 0 returns its weights bit for bit; strength 1 forgets them and equals /generate with the same seed.
     """
+    engine, uploads = ready_engine(request), uploads_of(request)
     with uploads.place(request):
         body, classes, given = await _read(request, engine, uploads)
     job = new_job(request, engine, body, classes, given=given, strength=body.strength, method=body.method)

@@ -21,12 +21,13 @@ from text2weight.errors import InvalidInputError
 from text2weight.merging import average, git_rebasin, task_arithmetic, ties
 from text2weight_service.engine import Engine
 from text2weight_service.exchange import (
-    ReadyEngine,
+    DirectRoute,
     answer_deadline,
     body_docs,
     head_docs,
     parse_json,
     read_json,
+    ready_engine,
 )
 from text2weight_service.heads import (
     HeadResponse,
@@ -42,9 +43,9 @@ from text2weight_service.model import Model
 from text2weight_service.multipart import is_multipart, read_parts
 from text2weight_service.schemas import MAX_TASKS, FuseRequest
 from text2weight_service.tracing import server_timing
-from text2weight_service.uploads import HEAD_DOCS, Uploads, UploadsDependency, read_upload, upload_rules
+from text2weight_service.uploads import HEAD_DOCS, Uploads, read_upload, upload_rules, uploads_of
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 # What was best for two heads trained on a task each, by docs/suites.md: there 0.2 of the deviations' sum, which is 0.4
 # of their mean; as a share of the mean it means the same for any number of heads.
@@ -70,11 +71,12 @@ _SAME_EMBEDDING = 0.01
         },
     ),
 )
-async def fuse(request: Request, engine: ReadyEngine, uploads: UploadsDependency) -> Response:
+async def fuse(request: Request) -> Response:
     """Make one head for the classes of several tasks, each class once, in order of first appearance.
 
     The method `text` generates it; the classical methods merge the heads that are uploaded, one per task.
     """
+    engine, uploads = ready_engine(request), uploads_of(request)
     if not is_multipart(request):
         body = await read_json(request, FuseRequest)
         return await _answer(request, engine, uploads, body, [])
@@ -92,7 +94,9 @@ async def _answer(
     started = time.perf_counter()
     heads = await uploads.run(partial(_read_heads, model, files), deadline) if files else []
     read = time.perf_counter()
-    tasks = [_normalise(i, task.classes) for i, task in enumerate(body.tasks)]
+    tasks = [
+        normalise_class_names(task.classes, minimum=1, field=f"tasks[{i}].classes") for i, task in enumerate(body.tasks)
+    ]
     classes = _unite(tasks, engine.settings.max_classes)
     _check_heads(body, tasks, heads)
     notes = {"method": body.method, "tasks": _describe_tasks(body, tasks)}
@@ -112,13 +116,6 @@ async def _answer(
 
 def _read_heads(model: Model, files: Sequence[bytes]) -> list[HeadArtifact]:
     return [read_upload(model, data, f"head[{i}]") for i, data in enumerate(files)]
-
-
-def _normalise(index: int, classes: Sequence[str]) -> tuple[str, ...]:
-    try:
-        return normalise_class_names(classes, minimum=1)
-    except InvalidInputError as error:
-        raise InvalidInputError(f"tasks[{index}].classes", str(error)) from None
 
 
 def _unite(tasks: Sequence[Sequence[str]], maximum: int) -> tuple[str, ...]:

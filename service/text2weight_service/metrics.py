@@ -98,7 +98,7 @@ class Metrics:
             registry=registry,
         )
         self.joined = Counter(
-            "t2w_joined_total", "Requests answered by the computation of an equal one under way.", registry=registry
+            "t2w_joined_total", "Heads taken from the computation of an equal one under way.", registry=registry
         )
         self.head_lookups = Counter(
             "t2w_head_cache_lookups_total",

@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Collection
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -27,23 +28,23 @@ _CLIENT_CLOSED = 499
 _UPLOAD_ROUTES = frozenset({"/classify", "/enhance", "/fuse"})
 
 
-_STRICT_POLICY = "default-src 'none'; frame-ancestors 'none'"
+_STRICT_POLICY = b"default-src 'none'; frame-ancestors 'none'"
 # The interactive documentation comes from a public CDN and starts by a script in the page.
 _DOCS_POLICY = (
-    "default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net "
-    "'unsafe-inline'; img-src https://fastapi.tiangolo.com data:; connect-src 'self'; frame-ancestors 'none'"
+    b"default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net "
+    b"'unsafe-inline'; img-src https://fastapi.tiangolo.com data:; connect-src 'self'; frame-ancestors 'none'"
 )
 _SAFE_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-resource-policy": b"same-origin",
 }
 
 
 class SafeHeadersMiddleware:
     """Outermost layer: headers that keep a browser from doing more with an answer than it should.
 
-    A route that serves a page may set a Content-Security-Policy of its own, which is kept.
+    What a route sets of them by itself is kept: one that serves a page has a Content-Security-Policy of its own.
     """
 
     def __init__(self, app: ASGIApp, docs_path: str) -> None:
@@ -56,12 +57,13 @@ class SafeHeadersMiddleware:
             await self._app(scope, receive, send)
             return
         policy = _DOCS_POLICY if scope["path"] == self._docs_path else _STRICT_POLICY
+        headers = _SAFE_HEADERS | {b"content-security-policy": policy}
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(_SAFE_HEADERS)
-                headers.setdefault("Content-Security-Policy", policy)
+                own = message["headers"]
+                names = {name for name, _ in own}
+                message["headers"] = [*own, *(pair for pair in headers.items() if pair[0] not in names)]
             await send(message)
 
         await self._app(scope, receive, send_safely)
@@ -70,12 +72,21 @@ class SafeHeadersMiddleware:
 class RequestContextMiddleware:
     """Request id, last resort for exceptions, log line and metrics of each request.
 
-    Sets `request.state.request_id` and `request.state.started_at` (`time.monotonic()`).
+    Sets `request.state.request_id` and `request.state.started_at` (`time.monotonic()`). An answer that fails after its
+    status was sent sets `request.state.outcome`, the status that it would have had: that is counted and logged.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        """Wrap an application.
+
+        Args:
+            app: what to wrap.
+            metrics: where requests are counted.
+            paths: of its routes, for requests that are refused before they reach one.
+        """
         self._app = app
         self._metrics = metrics
+        self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI asks."""
@@ -111,7 +122,9 @@ class RequestContextMiddleware:
                 self._record(scope, status, time.monotonic() - started_at)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        route = getattr(scope.get("route"), "path", path if path in self._paths else "other")
+        status = scope["state"].get("outcome", status)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_requests.labels(method, route, str(status)).inc()
         self._metrics.http_seconds.labels(route).observe(seconds)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from http import HTTPStatus
+from typing import get_args
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -14,13 +16,15 @@ from starlette.exceptions import HTTPException
 from text2weight.errors import InvalidInputError
 from text2weight_service.batch_runner import GenerationFailedError
 from text2weight_service.engine import BusyError, NotReadyError, Phase
-from text2weight_service.work_queue import DeadlineError
+from text2weight_service.work_queue import DeadlineError, HopelessError
 
 MEDIA_TYPE = "application/problem+json"
 _STARTING_RETRY_AFTER_S = 2
 _RESTART_RETRY_AFTER_S = 10
 _LONGEST_TEXT = 500
 _MOST_ERRORS = 10
+_LONGEST_VALUE = 80
+_LARGEST_SHOWN = 10**_LONGEST_VALUE
 
 
 class Kind(Enum):
@@ -125,22 +129,42 @@ def invalid_fields(errors: Sequence[FieldError]) -> ProblemError:
         FieldError(field=_shorten(error.field, 100), message=_shorten(error.message))
         for error in list(errors)[:_MOST_ERRORS]
     ]
-    detail = "; ".join(f"{error.field}: {error.message}" for error in shown)
-    return ProblemError(Kind.INVALID_INPUT, detail, errors=shown)
+    # Many messages begin with their field.
+    named = [e.message if e.message.startswith(e.field) else f"{e.field}: {e.message}" for e in shown]
+    return ProblemError(Kind.INVALID_INPUT, "; ".join(named), errors=shown)
 
 
-def invalid_body(error: ValidationError, allowed_fields: Sequence[str]) -> ProblemError:
+def invalid_body(error: ValidationError, model: type[BaseModel]) -> ProblemError:
     """The problem of a body that does not fit its model, or is no JSON at all."""
     fields = []
-    for entry in error.errors(include_url=False, include_context=False, include_input=False):
+    for entry in error.errors(include_url=False, include_context=False):
         if entry["type"] == "json_invalid":
             return ProblemError(Kind.MALFORMED_JSON, entry["msg"])
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"]).lstrip(".")
         message = entry["msg"]
         if entry["type"] == "extra_forbidden":
-            message = f"unknown field; allowed are {', '.join(allowed_fields)}"
+            message = f"unknown field; allowed are {', '.join(_model_at(model, entry['loc'][:-1]).model_fields)}"
+        elif entry["type"] != "missing" and (shown := _scalar(entry["input"])) is not None:
+            message = f"{path} is {shown}: {message}"
         fields.append(FieldError(field=path or "body", message=message))
     return invalid_fields(fields)
+
+
+def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:
+    """The model of what lies at a path within a body, through lists of models."""
+    for name in path:
+        if isinstance(name, str):
+            (model,) = get_args(model.model_fields[name].annotation)
+    return model
+
+
+def _scalar(value: object) -> str | None:
+    """A value of a body as its sender wrote it, cut where it is long; None for lists and objects."""
+    if isinstance(value, str):
+        value = value[:_LONGEST_VALUE]
+    if value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < _LARGEST_SHOWN):
+        return json.dumps(value, ensure_ascii=False)
+    return None
 
 
 def not_ready_problem(phase: Phase) -> ProblemError:
@@ -167,6 +191,8 @@ def to_problem(error: Exception) -> ProblemError:
                 f"{error}; try again in {error.retry_after_s} s",
                 headers={"Retry-After": str(error.retry_after_s)},
             )
+        case HopelessError():
+            return ProblemError(Kind.DEADLINE, f"{error}; ask for fewer steps or give a later deadline_ms")
         case DeadlineError():
             return ProblemError(
                 Kind.DEADLINE,

@@ -71,6 +71,7 @@ class RateLimiter:
             limit: as the library `limits` reads it, such as "600/minute".
             counts: where workers count together; None counts here.
         """
+        self.limit = limit
         self._limit: RateLimitItem = parse(limit)
         self._here = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._shared: SlidingWindowCounterRateLimiter | None = None
@@ -136,7 +137,7 @@ class ConcurrencyLimiter:
             counts: where workers count together; None counts here.
             lease_s: longest that a request may take; after that Redis counts it no more.
         """
-        self._most = most
+        self.most = most
         self._running: Counter[str] = Counter()
         self._counts = counts
         self._lease_s = lease_s
@@ -160,7 +161,7 @@ class ConcurrencyLimiter:
 
     async def _take(self, client: str, held: ExitStack) -> bool:
         """Take a place here and in Redis; `held` gives it back, also where this is cancelled."""
-        if self._running[client] >= self._most:
+        if self._running[client] >= self.most:
             return False
         self._running[client] += 1
         held.callback(self._leave, client)
@@ -175,7 +176,7 @@ class ConcurrencyLimiter:
             return True
         lease.held = True  # until Redis says otherwise: its answer may be lost
         try:
-            arguments: list[str | int] = [lease.token, self._most, round(1000 * self._lease_s)]
+            arguments: list[str | int] = [lease.token, self.most, round(1000 * self._lease_s)]
             lease.held = await counts.take(keys=[lease.key], args=arguments) != 0
             return lease.held
         finally:

@@ -13,13 +13,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from text2weight_service.exchange import ReadyEngine, body_docs, problem_docs, read_json
+from text2weight_service.exchange import DirectRoute, body_docs, problem_docs, read_json, ready_engine
 from text2weight_service.heads import generation_job, render, warnings_of
 from text2weight_service.problems import Kind, describe_problem, to_problem
 from text2weight_service.schemas import StreamRequest
 from text2weight_service.work_queue import Generated, Progress
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 log = structlog.get_logger(__name__)
 
 # What goes wrong before this is an ordinary problem response; a stream that waits longer has begun.
@@ -48,8 +48,9 @@ Event = Progress | Generated
     responses={200: _EVENTS, **problem_docs(408, 413, 415, 422, 429, 500, 503, 504)},
     openapi_extra=body_docs(StreamRequest),
 )
-async def generate_stream(request: Request, engine: ReadyEngine) -> StreamingResponse:
+async def generate_stream(request: Request) -> StreamingResponse:
     """As /generate, with an event after denoiser calls and, on request, the heads that they estimated."""
+    engine = ready_engine(request)
     body = await read_json(request, StreamRequest)
     job = generation_job(request, engine, body)
     warnings = warnings_of(engine.model, job)
@@ -84,6 +85,7 @@ async def generate_stream(request: Request, engine: ReadyEngine) -> StreamingRes
                 text = None if item is None else encode(item)
         except Exception as error:  # whatever it is, the status line is gone: the client learns of it here
             problem = to_problem(error)
+            request.state.outcome = problem.kind.status
             if problem.kind is Kind.INTERNAL:
                 log.error("stream failed", exc_info=error)
             yield _event("error", describe_problem(problem, request.state.request_id).model_dump())

@@ -89,8 +89,8 @@ def telemetry(provider: TracerProvider | None) -> TelemetryConfig:
 
 
 def install_tracer(app: FastAPI, provider: TracerProvider | None) -> None:
-    """Give the application the tracer that `record_stages` uses; without a provider it does nothing."""
-    app.state.tracer = (provider or trace.NoOpTracerProvider()).get_tracer("text2weight_service")
+    """Give the application the tracer that `record_stages` uses; without a provider it has none."""
+    app.state.tracer = None if provider is None else provider.get_tracer("text2weight_service")
 
 
 def record_stages(app: FastAPI, stages: Mapping[str, float], end: float | None = None) -> None:
@@ -104,6 +104,8 @@ def record_stages(app: FastAPI, stages: Mapping[str, float], end: float | None =
         stages: seconds spent in each stage, in the order in which they happened, one right after the other.
         end: `time.time()` at which the last one ended; now where not given.
     """
+    if app.state.tracer is None:
+        return
     at = (time.time() if end is None else end) - sum(stages.values())
     for name, seconds in stages.items():
         span = app.state.tracer.start_span(name, start_time=int(at * 1e9))

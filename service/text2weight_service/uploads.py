@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from text2weight.artifact import HeadArtifact, read_head
 from text2weight.condition import MAX_CLASSES
@@ -101,12 +101,10 @@ async def run_in_time(thread: ThreadPoolExecutor, work: Callable[[], Result], de
         slot.clear()
 
 
-async def _uploads(request: Request) -> Uploads:
+def uploads_of(request: Request) -> Uploads:
+    """The room for uploads."""
     uploads: Uploads = request.app.state.uploads
     return uploads
-
-
-UploadsDependency = Annotated[Uploads, Depends(_uploads)]
 
 
 def upload_rules(model: Model, max_request_bytes: int, heads: int, least: int = 1) -> dict[str, PartRule]:

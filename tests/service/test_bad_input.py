@@ -48,27 +48,33 @@ def assert_problem(response: httpx.Response, status: int, name: str, field: str 
 
 
 CLASSES = {
-    "empty list": ([], "2 to 256"),
-    "one class": (["apple"], "2 to 256"),
-    "ten thousand": ([f"class {i}" for i in range(10_000)], "10000 class names"),
-    "equal": (["apple", "bus", "apple"], "repeats"),
-    "equal but for case": (["apple", "Apple"], "repeats"),
-    "equal once normalised": (["sea_lion", " sea  lion"], "repeats"),
-    "equal once composed": (["caf\u00e9", "cafe\u0301"], "repeats"),
-    "empty name": (["apple", ""], "empty"),
-    "white space": (["apple", " \t\u2003"], "empty"),
-    "underscores": (["apple", "___"], "empty"),
-    "100 kB name": (["apple", "x" * 100_000], "100000 characters"),
-    "control character": (["apple", "bus\x00"], "control"),
-    "escape sequence": (["apple", "\x1b[31mbus"], "control"),
+    "empty list": ([], "classes", "2 to 256"),
+    "one class": (["apple"], "classes", "2 to 256"),
+    "ten thousand": ([f"class {i}" for i in range(10_000)], "classes", "10000 class names"),
+    "equal": (["apple", "bus", "apple"], "classes[2]", "repeats classes[0]"),
+    "equal but for case": (["apple", "Apple"], "classes[1]", "repeats"),
+    "equal once normalised": (["sea_lion", " sea  lion"], "classes[1]", "repeats"),
+    "equal once composed": (["caf\u00e9", "cafe\u0301"], "classes[1]", "repeats"),
+    "empty name": (["apple", ""], "classes[1]", "empty"),
+    "white space": (["apple", " \t\u2003"], "classes[1]", "empty"),
+    "underscores": (["apple", "___"], "classes[1]", "empty"),
+    "100 kB name": (["apple", "x" * 100_000], "classes[1]", "100000 characters"),
+    "control character": (["apple", "bus\x00"], "classes[1]", "control"),
+    "escape sequence": (["apple", "\x1b[31mbus"], "classes[1]", "control"),
 }
 
 
 @pytest.mark.parametrize("case", CLASSES)
 def test_class_names(shared_live: Live, case: str) -> None:
-    classes, expected = CLASSES[case]
-    detail = assert_problem(shared_live.generate(*classes), 422, "invalid-input", "classes")
+    classes, field, expected = CLASSES[case]
+    detail = assert_problem(shared_live.generate(*classes), 422, "invalid-input", field)
     assert expected in detail
+
+
+def test_names_of_one_of_several_tasks(shared_live: Live) -> None:
+    body = {"tasks": [{"classes": ["apple"]}, {"classes": ["bus", "tram", "Bus"]}]}
+    detail = assert_problem(shared_live.client.post("/fuse", json=body), 422, "invalid-input", "tasks[1].classes[2]")
+    assert detail == "tasks[1].classes[2] 'Bus' repeats tasks[1].classes[0]: name each class once"
 
 
 FIELDS = {
@@ -112,6 +118,16 @@ def test_details_say_what_is_allowed(shared_live: Live) -> None:
     assert "mean, ddpm, ddim, dpmpp_2m" in detail(sampler="euler")
     assert "9223372036854775807" in detail(seed=2**64)
     assert "classes, descriptions, describe_classifier, samples" in detail(extra=1)
+    assert detail(samples=17) == "samples is 17: Input should be less than or equal to 16"
+    assert detail(guidance_scale="two").startswith('guidance_scale is "two": ')
+    assert detail(seed=-(10**100)).startswith("seed: Input should be")
+    assert "mean, ddpm, ddim, dpmpp_2m" in detail(sampler="x" * 10_000)
+
+
+def test_unknown_fields_within_a_field(shared_live: Live) -> None:
+    body = {"tasks": [{"classes": ["apple"], "x": 1}, {"classes": ["bus"]}]}
+    detail = assert_problem(shared_live.client.post("/fuse", json=body), 422, "invalid-input", "tasks[0].x")
+    assert detail == "tasks[0].x: unknown field; allowed are classes, weight"
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"apple"', b"3", b'["apple", "bus"]'])

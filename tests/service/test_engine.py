@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ def test_full_queue_is_refused_at_once(model: FakeModel, pool: ThreadPoolExecuto
             refused = live.generate("one", "too many")
         assert refused.status_code == 429
         assert refused.json()["type"] == "urn:text2weight:problem:queue-full"
+        assert refused.json()["detail"].startswith("16 requests are under way, as many as are allowed; try again in ")
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert live.metric("t2w_refused_total", reason="full") == 1
         assert all(future.result().status_code == 200 for future in posted)
@@ -129,6 +131,17 @@ def test_deadline(model: FakeModel, pool: ThreadPoolExecutor) -> None:
         model.gate.set()
         wait_for(lambda: live.generate("in", "time").status_code == 200, "an answer in time")
     assert [("too", "late")] not in model.batches, "an expired request must not be computed"
+
+
+def test_steps_that_cannot_be_made_in_time(model: FakeModel) -> None:
+    with serve(lambda _: model) as live:
+        live.engine._loaded.runner.times.seconds = lambda shape, rows: 0.1  # type: ignore[union-attr, method-assign]
+        refused = live.generate("apple", "bus", sampler="ddim", steps=1000, deadline_ms=9000)
+    assert refused.status_code == 504
+    assert re.fullmatch(
+        r"1000 steps take about 100\.0 s, [89]\.\d s are left; ask for fewer steps or give a later deadline_ms",
+        refused.json()["detail"],
+    )
 
 
 def test_diffusion_stops_when_nobody_waits(model: FakeModel) -> None:

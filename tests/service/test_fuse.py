@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[HeadArtifact | bytes], str, str]] 
     "one task": ({"tasks": TASKS[:1]}, [], "tasks", "at least 2"),
     "17 tasks": ({"tasks": [{"classes": [f"c{i}"]} for i in range(17)]}, [], "tasks", "at most 16"),
     "task without classes": ({"tasks": [TASKS[0], {"classes": []}]}, [], "tasks[1].classes", "1 to 256"),
-    "name twice in a task": ({"tasks": [TASKS[0], {"classes": ["a", "A"]}]}, [], "tasks[1].classes", "repeats"),
+    "name twice in a task": ({"tasks": [TASKS[0], {"classes": ["a", "A"]}]}, [], "tasks[1].classes[1]", "repeats"),
     "one class in all": ({"tasks": [{"classes": ["a"]}, {"classes": ["A"]}]}, [], "tasks", "1 different classes"),
     "too many classes in all": (
         {"tasks": [{"classes": list("abcd")}, {"classes": list("efgh")}]}, [], "tasks", "allowed are 2 to 6",

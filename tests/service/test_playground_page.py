@@ -216,6 +216,7 @@ def test_errors_stand_beside_their_fields(open_page: OpenPage) -> None:
     page.get_by_label("Seed").fill("")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#classes-error")).to_contain_text("control character")
+    expect(page.locator("#chips .fault")).to_contain_text("us")
     expect(page.get_by_label("Class name")).to_be_focused()
     expect(page.locator("#seed-error")).to_be_hidden()
     expect(page.locator("#news")).to_have_text("No new head.")

@@ -44,12 +44,15 @@ def test_each_key_has_a_limit_of_its_own() -> None:
     with serve(lambda _: FakeModel(), api_keys=f"{ALICE_ENTRY} {BOB_ENTRY}", rate_limit=LIMIT) as live:
         assert statuses(live, 8, **bearer(ALICE)) == [200] * 5 + [429] * 3
         response = live.client.get("/info", headers=bearer(ALICE))
-        assert_problem(response, 429, "rate-limited")
+        assert "more requests than 5/day allows" in assert_problem(response, 429, "rate-limited")
         assert 1 <= int(response.headers["retry-after"]) <= 86_400
         assert statuses(live, 1, **bearer(BOB)) == [200]
         assert statuses(live, 8, **bearer("nobody")) == [401] * 8
         assert live.metric("t2w_client_requests_total", client="alice", result="rate-limited") == 4
         assert live.client.get("/health/live").status_code == 200
+        refused = {"method": "GET", "route": "/info"}
+        assert live.metric("t2w_http_requests_total", **refused, status="429") == 4
+        assert live.metric("t2w_http_requests_total", **refused, status="401") == 8
 
 
 def test_without_keys_addresses_are_counted() -> None:

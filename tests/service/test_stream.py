@@ -175,6 +175,8 @@ def test_errors_after_the_start_are_events(
         assert problem["status"] == status
         assert problem["request_id"] == response.headers["x-request-id"]
         assert "secret" not in json.dumps(problem)
+    counted = {"method": "POST", "route": "/generate/stream", "status": str(status)}
+    wait_for(lambda: live.metric("t2w_http_requests_total", **counted) == 1, "counting the failure, not the 200")
 
 
 @pytest.mark.parametrize(
