@@ -91,6 +91,22 @@ def test_a_page_can_be_written_again_but_not_over_another(folder: Path, tmp_path
     assert page.read_text() == "# By hand\n"
 
 
+def test_a_page_can_be_written_anew_from_its_own_folder(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.md"
+    write_page(folder, page)
+    first = page.read_text()
+    page.unlink()
+    write_page(page.with_suffix(""), page)
+    assert page.read_text() == first
+
+
+@pytest.mark.parametrize("name", ["suites", "suites-heldout"])
+def test_the_pages_of_this_repository_come_from_their_results(name: str, tmp_path: Path) -> None:
+    kept = Path("docs") / name
+    write_page(kept, tmp_path / f"{name}.md")
+    assert (tmp_path / f"{name}.md").read_text() == kept.with_suffix(".md").read_text()
+
+
 def test_other_files_are_passed_over_and_missing_suites_left_out(folder: Path, tmp_path: Path) -> None:
     (folder / "evaluation.json").write_text('{"format": "text2weight.evaluation/1"}')
     for name in set(SUITES) - {"fuse"}:
@@ -108,7 +124,7 @@ def test_bad_results_are_refused(folder: Path, tmp_path: Path) -> None:
     refused("holds no suite results: run `t2w evaluate --suite NAME", tmp_path / "absent")
     refused("must end in .md", out="page.txt")
     shutil.copyfile(folder / "fuse.json", folder / "fuse-old.json")
-    refused("two results of suite fuse")
+    refused("fuse-old.json is of suite fuse: its name must be fuse.json")
     (folder / "fuse-old.json").unlink()
     change(folder / "fuse.json", result={"pairs": 3})
     refused("result of suite fuse .* lacks a part")

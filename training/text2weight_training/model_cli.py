@@ -187,7 +187,7 @@ def _evaluate_suites(names: list[str], data: TaskData, zoo: Path, checkpoint: Pa
 @one_line_errors
 def results_command(
     folder: Annotated[Path, typer.Option("--from", help="folder that `t2w evaluate --suite` wrote to")],
-    out: Annotated[Path, typer.Option(help="Markdown page to write; figures go into a folder of its name")],
+    out: Annotated[Path, typer.Option(help="Markdown page to write; figures and JSON go into a folder of its name")],
 ) -> None:
     """Collect the results of suites into one page with tables and figures; it keeps its sections of other suites.
 

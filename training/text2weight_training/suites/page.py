@@ -28,7 +28,8 @@ INTRODUCTION = (
 def write_page(folder: Path, out: Path) -> list[str]:
     """Collect the suite results of a folder into one page, in place of that page's sections of the same suites.
 
-    Figures are copied into a folder beside the page that has its name, so that the two can be moved together.
+    Figures and JSON files are copied into a folder beside the page that has its name, so that the two can be moved
+    together and the page can be written anew from it.
 
     Args:
         folder: where `t2w evaluate --suite` wrote to.
@@ -64,7 +65,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """Read the suite results of a folder, in the registry's order; JSON files of other formats are passed over.
 
     Raises:
-        TrainingDataError: there is none, one is damaged, or one is of a suite that does not exist.
+        TrainingDataError: there is none, one is damaged, is of a suite that does not exist, or has not its name.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
@@ -77,8 +78,8 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
         name = content.get("suite")
         if name not in SUITES:
             raise TrainingDataError(f"{path} is of suite {name!r}: known are {', '.join(SUITES)}")
-        if name in found:
-            raise TrainingDataError(f"{folder} holds two results of suite {name}: keep one")
+        if path.stem != name:
+            raise TrainingDataError(f"{path} is of suite {name}: its name must be {name}.json")
         found[name] = content
     if not found:
         raise TrainingDataError(f"{folder} holds no suite results: run `t2w evaluate --suite NAME --out {folder}`")
@@ -96,18 +97,24 @@ def _section(name: str, written: dict[str, Any], folder: Path, out: Path) -> str
         raise TrainingDataError(
             f"the result of suite {name} in {folder} lacks a part ({error!r}): run it again"
         ) from error
-    figures = [_copy_figure(path, out) for path in sorted(folder.glob(f"{name}*.png"))]
+    place = out.parent / out.stem
+    place.mkdir(parents=True, exist_ok=True)
+    _copy(folder / f"{name}.json", place)
+    figures = [_copy_figure(path, place) for path in sorted(folder.glob(f"{name}*.png"))]
     return "\n".join([f"## {name}\n", f"{origin}\n", text, *figures])
 
 
-def _copy_figure(path: Path, out: Path) -> str:
+def _copy_figure(path: Path, place: Path) -> str:
     """Copy a figure's files beside the page, and link the picture to its vector form."""
-    place = out.parent / out.stem
-    place.mkdir(parents=True, exist_ok=True)
-    link = f"![{path.stem}]({out.stem}/{path.name})"
-    shutil.copyfile(path, place / path.name)
+    link = f"![{path.stem}]({place.name}/{path.name})"
+    _copy(path, place)
     vector = path.with_suffix(".svg")
     if vector.exists():
-        shutil.copyfile(vector, place / vector.name)
-        link = f"[{link}]({out.stem}/{vector.name})"
+        _copy(vector, place)
+        link = f"[{link}]({place.name}/{vector.name})"
     return f"{link}\n"
+
+
+def _copy(path: Path, place: Path) -> None:
+    if path.parent.resolve() != place.resolve():
+        shutil.copyfile(path, place / path.name)
