@@ -167,6 +167,13 @@ def test_alerts_fire_when_they_should() -> None:
     run_where_installed("promtool", "test", "rules", "deploy/prometheus/alerts_test.yml")
 
 
+def test_every_alert_has_a_case_in_which_it_fires() -> None:
+    cases = yaml.safe_load((DEPLOY / "prometheus/alerts_test.yml").read_text())["tests"]
+    checks = [check for case in cases for check in case["alert_rule_test"]]
+    fired = {check["alertname"] for check in checks if check.get("exp_alerts")}
+    assert fired == {rule["alert"] for rule in alerts()}
+
+
 def test_prometheus_scrapes_the_workers() -> None:
     (job,) = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
     (discovery,) = job["dns_sd_configs"]
