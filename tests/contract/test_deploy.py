@@ -197,6 +197,29 @@ def test_dashboard_asks_for_metrics_that_exist() -> None:
     assert asked - known_metrics() == set()
 
 
+def test_dashboard_shows_the_share_of_heads_that_joined(tmp_path: Path) -> None:
+    """16 samples in one request count as 16 heads: shares of requests would be over 1."""
+    (expression,) = (
+        target["expr"].replace("$instance", ".*").replace("$__rate_interval", "5m")
+        for panel in DASHBOARD["panels"]
+        for target in panel["targets"]
+        if target["legendFormat"] == "joined an equal request"
+    )
+    per_minute = {
+        't2w_joined_total{instance="a"}': 32,
+        't2w_heads_generated_total{instance="a"}': 80,
+        't2w_heads_generated_total{instance="b"}': 16,
+        't2w_http_requests_total{instance="a", route="/generate", status="200"}': 8,
+    }
+    case = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": f"0+{rate}x10"} for name, rate in per_minute.items()],
+        "promql_expr_test": [{"expr": expression, "eval_time": "10m", "exp_samples": [{"value": 0.25}]}],
+    }
+    (tmp_path / "joined.yml").write_text(yaml.safe_dump({"tests": [case]}))
+    run_where_installed("promtool", "test", "rules", str(tmp_path / "joined.yml"))
+
+
 def test_dashboard_uses_the_provisioned_source() -> None:
     (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
