@@ -58,8 +58,8 @@ class BaseClient(ABC, Generic[HttpT, TransportT]):
             timeout_s: seconds that a call may take, with all its attempts and the waits between them; of
                 `generate_many`, each request. What is left is sent along as `deadline_ms` where it is
                 shorter than the service's own request timeout.
-            max_retries: further attempts after a failed connection, status 429, 502, 503 or 504, or a 500
-                that is not the service's own.
+            max_retries: further attempts after a failed connection, status 408, 429, 502, 503 or 504, or a
+                500 that is not the service's own.
             transport: an httpx transport in place of the network (tests, Unix sockets).
 
         Raises:

@@ -1,4 +1,7 @@
-"""Everything this package raises: one tree, one class for each documented status of the service."""
+"""Everything this package raises, as one tree.
+
+Each documented status of the service has a class of its own, but 404 and 405, an `APIError`, and 500, a `ServerError`.
+"""
 
 from __future__ import annotations
 
@@ -98,6 +101,10 @@ class AuthenticationError(APIError):
     """401: the API key is missing or not accepted."""
 
 
+class BodyTimeoutError(APIError):
+    """408: the request body did not arrive within the service's request timeout."""
+
+
 class PayloadTooLargeError(APIError):
     """413: the request body is over the service's limit."""
 
@@ -136,6 +143,7 @@ class DeadlineExceededError(ServerError):
 
 _BY_STATUS: dict[int, type[APIError]] = {
     401: AuthenticationError,
+    408: BodyTimeoutError,
     413: PayloadTooLargeError,
     415: UnsupportedMediaTypeError,
     422: InvalidRequestError,

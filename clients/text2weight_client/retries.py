@@ -20,7 +20,7 @@ from tenacity.wait import wait_base
 from text2weight_client.connection import TimeLeft, logger
 from text2weight_client.errors import APIConnectionError, APIError, APITimeoutError, NotReadyError
 
-RETRIED_STATUSES = frozenset({429, 502, 503, 504})
+RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 READY_PROBE_INTERVAL_S = 0.2
 
 _JITTER_S = 0.25
@@ -77,7 +77,7 @@ def ready_policy(left: TimeLeft) -> RetryPolicy:
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether another attempt may succeed: a failed connection, a status that says "later", or a proxy's 500.
+    """Whether another attempt may succeed: a failed connection, a status that asks for one, or a proxy's 500.
 
     The service names every problem of its own. A 500 without a name comes from what stands before it,
     such as Ray Serve when a replica dies under a request, and another replica may answer. Repeating is

@@ -120,12 +120,25 @@ def test_enhance_sends_the_head_as_it_is(call: Call, make_head: Any) -> None:
     assert (body["classes"], body["method"]) == (["x", "y"], "noise")
 
 
-def test_multipart_is_sent_again_whole(call: Call, make_head: Any, sleeps: list[float]) -> None:
-    script = Script(problem(503), httpx.ConnectError("refused"), httpx.Response(200, content=make_head()))
+@pytest.mark.parametrize("status", [408, 503])
+def test_multipart_is_sent_again_whole(call: Call, make_head: Any, sleeps: list[float], status: int) -> None:
+    script = Script(problem(status), httpx.ConnectError("refused"), httpx.Response(200, content=make_head()))
     call(script, "enhance", GeneratedHead.from_bytes(make_head()), 0.5)
     bodies = [[content(part) for part in parts(request)] for request in script.requests]
     assert bodies[0] == bodies[1] == bodies[2]
     assert len(sleeps) == 2
+
+
+def test_pictures_are_sent_again_whole(call: Call, make_head: Any, tmp_path: Path, sleeps: list[float]) -> None:
+    """What can be read only once is read before the first attempt."""
+    path = tmp_path / "cup.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n...")
+    once = (image for image in (path, b"?"))
+    script = Script(problem(408), httpx.Response(200, json={"images": []}))
+    call(script, "classify", GeneratedHead.from_bytes(make_head()), once)
+    first, second = ([content(part) for part in parts(request)] for request in script.requests)
+    assert first == second
+    assert first[1:] == [path.read_bytes(), b"?"]
 
 
 def test_classify_sends_images_and_reads_the_ranking(call: Call, make_head: Any, tmp_path: Path) -> None:

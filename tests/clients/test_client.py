@@ -60,6 +60,7 @@ def test_api_key_and_path_prefix(call: Call) -> None:
         (400, t2w.APIError),
         (401, t2w.AuthenticationError),
         (404, t2w.APIError),
+        (408, t2w.BodyTimeoutError),
         (413, t2w.PayloadTooLargeError),
         (415, t2w.UnsupportedMediaTypeError),
         (422, t2w.InvalidRequestError),
@@ -84,7 +85,7 @@ def test_each_status_has_its_error(
     assert error.request_id == "r-1"
     assert error.errors == ({"field": "classes"},)
     assert str(error) == f"{status} Refused: classes[1] is empty (request id r-1)"
-    assert len(script.requests) == (3 if status in {429, 502, 503, 504} else 1)
+    assert len(script.requests) == (3 if status in {408, 429, 502, 503, 504} else 1)
 
 
 def test_error_page_of_a_proxy_is_read_too(call: Call) -> None:
@@ -101,7 +102,7 @@ def test_odd_error_bodies_do_not_break_the_client(call: Call, body: bytes) -> No
         call(Script(httpx.Response(422, content=body)), "info")
 
 
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
 def test_retries_ask_for_the_same_head(call: Call, make_head: Any, sleeps: list[float], status: int) -> None:
     script = Script(problem(status), httpx.ConnectError("refused"), httpx.Response(200, content=make_head()))
     call(script, "generate", ["apple", "bus", "lizard"])
