@@ -25,6 +25,7 @@ class ModelInfo:
         sampler: used where a request names none.
         steps: likewise.
         samplers: allowed samplers.
+        outside: `reach` and `temperature` for class names that training never saw; None if treated as any other.
         evaluation: measured results that the checkpoint carries.
     """
 
@@ -38,6 +39,7 @@ class ModelInfo:
     sampler: str
     steps: int
     samplers: list[str]
+    outside: dict[str, float] | None
     evaluation: dict[str, Any]
 
 
@@ -106,6 +108,11 @@ class ServiceInfo:
         return str(self._value("version"))
 
     @property
+    def libraries(self) -> dict[str, str]:
+        """Versions of what the service computes with, by name."""
+        return dict(self._value("libraries"))
+
+    @property
     def phase(self) -> str:
         """What the worker is doing: "ready" or "draining"."""
         return str(self._value("phase"))
@@ -130,6 +137,11 @@ class ServiceInfo:
         """Names that the text encoder was validated on; None where any text is as good."""
         names = self._value("known_classes")
         return None if names is None else tuple(names)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats of the heads that are returned."""
+        return tuple(self._value("formats"))
 
     @property
     def precisions(self) -> tuple[str, ...]:

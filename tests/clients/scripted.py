@@ -60,6 +60,7 @@ def content(part: Message) -> bytes:
 
 INFO: dict[str, Any] = {
     "version": "0.1.0",
+    "libraries": {"torch": "2.8.0"},
     "phase": "ready",
     "model": {
         "checkpoint": "c0ffee",
@@ -72,6 +73,7 @@ INFO: dict[str, Any] = {
         "sampler": "mean",
         "steps": 1,
         "samplers": ["mean", "ddim"],
+        "outside": {"reach": 0.5, "temperature": 0.1},
         "evaluation": {},
         "added_later": 1,
     },
@@ -96,6 +98,7 @@ INFO: dict[str, Any] = {
     },
     "features": {"guidance": False, "descriptions": True, "enhance_reads_given": True, "classify": True},
     "known_classes": ["apple", "bus"],
+    "formats": ["text2weight.head/1"],
     "precisions": ["fp32", "fp16", "bf16"],
     "fuse_methods": ["text", "ties"],
 }

@@ -188,6 +188,8 @@ def test_info_is_typed_and_raw(call: Call) -> None:
     assert (info.limits.max_pictures, info.limits.exact_steps) == (16, {"mean": 1})
     assert (info.features.guidance, info.features.descriptions) == (False, True)
     assert (info.known_classes, info.fuse_methods) == (("apple", "bus"), ("text", "ties"))
+    assert info.model.outside == {"reach": 0.5, "temperature": 0.1}
+    assert (info.libraries, info.formats) == ({"torch": "2.8.0"}, ("text2weight.head/1",))
     assert info.precisions == ("fp32", "fp16", "bf16")
     assert info.settings == {"request_timeout_s": 20.0}
     assert call(Script(httpx.Response(200, json=INFO | {"known_classes": None})), "info").known_classes is None
