@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from text2weight.enhancement import scale_last_layer
 from text2weight.head import apply_heads, class_logits
 from text2weight.weight_tokens import permute_units
 from text2weight_training.files import TrainingDataError
-from text2weight_training.stacked import initial_head, train_stack
+from text2weight_training.stacked import Moments, cosine_decay, initial_head, sampled_loss, train_stack
 from text2weight_training.suites import enhance
 from text2weight_training.suites.base import SuiteRun
+from text2weight_training.tasks import pad_tasks, task_embeddings
 
 ORDER = torch.tensor([1, 3, 0, 2])
 
@@ -102,8 +104,42 @@ def test_several_stacks_give_the_heads_in_the_tasks_order(toy: Toy, suite_run: S
     stopped = enhance.train_and_stop(in_parts, start, tasks, {1})
     assert stopped.heads[1].shape == start.shape
     assert float((stopped.heads[1] - start).abs().max()) < 1.01 * small.evaluation.oracle.learning_rate
-    continued = enhance.train_on(in_parts, tasks, start, 0, 1)
-    assert float((continued - start).abs().max()) < 1.01 * small.evaluation.oracle.learning_rate
+    assert stopped.moments[1].mean.shape == stopped.moments[1].square.shape == start.shape
+    assert stopped.moments[1].steps == 1
+
+
+@pytest.mark.parametrize("stack", [2, 12])
+def test_training_goes_on_as_if_it_had_not_stopped(toy: Toy, suite_run: SuiteRun, stack: int) -> None:
+    """One AdamW throughout for each stack, its rate on the first training's cosine and then on one from there to 0."""
+    tasks, stop, steps = list(toy.zoo.split.unseen[:5]), 20, 15
+    preset = suite_run.preset.model_copy(update={"zoo": suite_run.preset.zoo.model_copy(update={"stack": stack})})
+    run, recipe = replace(suite_run, preset=preset), preset.evaluation.oracle
+    starts = enhance.starting_heads(run, "default", 5)
+    there = recipe.learning_rate * cosine_decay(stop / recipe.steps)
+    expected = []
+    for first in range(0, 5, stack):
+        part = tasks[first : first + stack]
+        flat = starts[first : first + stack].clone().requires_grad_()
+        optimizer = torch.optim.AdamW([flat], weight_decay=recipe.weight_decay, fused=True)
+        labels = pad_tasks(part)
+        text = task_embeddings(toy.data.embeddings, labels)
+        for seed, rate, done, length in (
+            (preset.seed, recipe.learning_rate, stop, recipe.steps),
+            (preset.seed + 1_000_003, there, steps, steps),
+        ):
+            source = torch.Generator().manual_seed(seed + first)
+            for step in range(done):
+                optimizer.param_groups[0]["lr"] = rate * cosine_decay(step / length)
+                optimizer.zero_grad()
+                loss = sampled_loss(preset.head, flat, labels, text, toy.data.train, preset.logit_scale, recipe, source)
+                (len(part) * loss).backward()
+                optimizer.step()
+        expected.append(flat.detach())
+    stopped = enhance.train_and_stop(run, starts, tasks, {stop})
+    # Twice: what was kept is not used up.
+    for _ in range(2):
+        continued = enhance.train_on(run, tasks, stopped, stop, steps)
+        torch.testing.assert_close(continued, torch.cat(expected), atol=1e-5, rtol=1e-4)
 
 
 def test_default_starts_are_each_their_own_and_not_the_zoos(toy: Toy, suite_run: SuiteRun) -> None:
@@ -117,8 +153,10 @@ def test_default_starts_are_each_their_own_and_not_the_zoos(toy: Toy, suite_run:
 def test_training_on_starts_at_the_rate_the_schedule_had_come_to(toy: Toy, suite_run: SuiteRun) -> None:
     tasks, given = list(toy.zoo.split.unseen[:2]), toy.zoo.weights[:2]
     recipe = suite_run.preset.evaluation.oracle
-    assert enhance.train_on(suite_run, tasks, given, 20, 0) is given
-    moved = (enhance.train_on(suite_run, tasks, given, recipe.steps // 4, 1) - given).abs()
+    stop, none = recipe.steps // 4, torch.zeros_like(given)
+    stopped = enhance.Stopped({stop: given}, {stop: Moments(none, none, 0)}, 1.0)
+    assert enhance.train_on(suite_run, tasks, stopped, stop, 0) is given
+    moved = (enhance.train_on(suite_run, tasks, stopped, stop, 1) - given).abs()
     expected = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi / 4))
     assert float(moved.max()) == pytest.approx(expected, rel=1e-3)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -52,6 +53,29 @@ class HeadRecipe(Recipe):
 
     label_smoothing: RegularisingShare = 0.0
     feature_dropout: RegularisingShare = 0.0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What AdamW remembers of M heads.
+
+    Attributes:
+        mean: decaying mean of their gradients, (M, P).
+        square: that of the gradients' squares, (M, P).
+        steps: how many steps they have had.
+    """
+
+    mean: Tensor
+    square: Tensor
+    steps: int
+
+    def rows(self, first: int, last: int) -> Moments:
+        """Those of the heads from `first` to before `last`."""
+        return Moments(self.mean[first:last], self.square[first:last], self.steps)
+
+
+# Called after every step: the number of steps done, the weights (M, P) and their moments; the next step changes both.
+OnWeights = Callable[[int, Tensor, Moments], None]
 
 
 def initial_head(spec: HeadSpec, seed: int) -> Tensor:
@@ -106,7 +130,8 @@ def train_stack(
     recipe: HeadRecipe,
     seed: int,
     on_step: Callable[[], None] | None = None,
-    on_weights: Callable[[int, Tensor], None] | None = None,
+    on_weights: OnWeights | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """Train one head per task by cross-entropy on cached features.
 
@@ -120,7 +145,8 @@ def train_stack(
         recipe: optimiser settings.
         seed: of the samples drawn.
         on_step: called after every step.
-        on_weights: likewise, with the number of steps done and the weights (M, P), which change with the next step.
+        on_weights: see `OnWeights`.
+        moments: of an earlier training that this one goes on from; without them AdamW begins anew.
 
     Returns:
         (M, P) trained weights.
@@ -137,7 +163,7 @@ def train_stack(
 
     flat = start.to(labels.device).expand(len(tasks), -1).clone()  # (M, P)
     watch = StepWatch("head training", "lower the learning rate", guess=len(tasks) * math.log(labels.shape[1]))
-    return minimise(flat, loss, recipe, seed, watch, on_step, on_weights)
+    return minimise(flat, loss, recipe, seed, watch, on_step, on_weights, moments)
 
 
 def drop_features(features: Tensor, share: float, generator: torch.Generator) -> None:
@@ -208,7 +234,8 @@ def minimise(
     seed: int,
     watch: StepWatch,
     on_step: Callable[[], None] | None = None,
-    on_weights: Callable[[int, Tensor], None] | None = None,
+    on_weights: OnWeights | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """Run a recipe's optimiser on weights (..., P).
 
@@ -219,7 +246,8 @@ def minimise(
         seed: of the generator.
         watch: judges the losses and the final weights.
         on_step: called after every step.
-        on_weights: likewise, with the number of steps done and the weights, which change with the next step.
+        on_weights: see `OnWeights`.
+        moments: of an earlier training of these weights; without them AdamW begins anew.
 
     Returns:
         the weights.
@@ -229,6 +257,14 @@ def minimise(
     """
     flat.requires_grad_()
     optimizer = torch.optim.AdamW([flat], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    before = 0
+    if moments is not None:
+        before = moments.steps
+        optimizer.state[flat] = {
+            "step": torch.tensor(float(before), device=flat.device),
+            "exp_avg": moments.mean.to(flat.device, copy=True),
+            "exp_avg_sq": moments.square.to(flat.device, copy=True),
+        }
     generator = torch.Generator().manual_seed(seed)
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * cosine_decay(step / recipe.steps)
@@ -240,7 +276,8 @@ def minimise(
         if on_step is not None:
             on_step()
         if on_weights is not None:
-            on_weights(step + 1, flat.detach())
+            state = optimizer.state[flat]
+            on_weights(step + 1, flat.detach(), Moments(state["exp_avg"], state["exp_avg_sq"], before + step + 1))
     watch.check_weights(flat.detach())
     return flat.detach()
 
@@ -256,17 +293,19 @@ def train_in_stacks(
     seed: int,
     stack: int,
     on_stack: Callable[[int], None] | None = None,
-    on_weights: Callable[[int, Tensor], None] | None = None,
+    on_weights: OnWeights | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """`train_stack` for any number of tasks, `stack` at a time, from one start (P,) or one each (M, P): (M, P).
 
     The stack that begins with task i draws with seed + i; `on_stack` is called with the number of its heads,
-    `on_weights` as by `train_stack` for one stack after the other.
+    `on_weights` as by `train_stack` for one stack after the other. `moments` are those of all M heads.
     """
     trained = []
     starts = start.expand(len(tasks), -1)  # (M, P)
     for first in range(0, len(tasks), stack):
-        part, begin = tasks[first : first + stack], starts[first : first + stack]
+        last = first + stack
+        part, begin = tasks[first:last], starts[first:last]
         trained.append(
             train_stack(
                 spec,
@@ -278,6 +317,7 @@ def train_in_stacks(
                 recipe,
                 seed + first,
                 on_weights=on_weights,
+                moments=None if moments is None else moments.rows(first, last),
             )
         )
         if on_stack is not None:

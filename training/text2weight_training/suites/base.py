@@ -18,7 +18,7 @@ from torch import Tensor
 from text2weight.generator import Generator
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import Preset
-from text2weight_training.stacked import HeadRecipe, stacked_logits, train_in_stacks
+from text2weight_training.stacked import HeadRecipe, Moments, OnWeights, stacked_logits, train_in_stacks
 from text2weight_training.tasks import TaskData
 from text2weight_training.zoo import Zoo
 
@@ -92,8 +92,9 @@ def train_heads(
     recipe: HeadRecipe,
     seed: int,
     start: Tensor | None = None,
-    on_weights: Callable[[int, Tensor], None] | None = None,
+    on_weights: OnWeights | None = None,
     on_stack: Callable[[int], None] | None = None,
+    moments: Moments | None = None,
 ) -> Tensor:
     """Heads trained on tasks' own data, in the preset's stacks.
 
@@ -105,6 +106,7 @@ def train_heads(
         start: (P,) or (M, P) initial weights; without them the universal head.
         on_weights: called as by `train_in_stacks`.
         on_stack: likewise.
+        moments: likewise, of an earlier training that ended at `start`.
 
     Returns:
         (M, P).
@@ -122,6 +124,7 @@ def train_heads(
         preset.zoo.stack,
         on_stack,
         on_weights,
+        moments,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from text2weight.enhancement import interpolate
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_from_requests, task_requests
-from text2weight_training.stacked import cosine_decay, initial_head
+from text2weight_training.stacked import Moments, cosine_decay, initial_head
 from text2weight_training.suites.base import SuiteRun, Task, method_name, own_accuracy, take_tasks, train_heads
 from text2weight_training.suites.figures import new_figure, plot_band, save_figure
 from text2weight_training.suites.tables import markdown_table, percent, points
@@ -35,10 +35,12 @@ class Stopped:
 
     Attributes:
         heads: by the step they were stopped after (M, P); the last one is trained to the end.
+        moments: likewise, what the optimiser had come to.
         seconds: wall time of one step of one head.
     """
 
     heads: dict[int, Tensor]
+    moments: dict[int, Moments]
     seconds: float
 
 
@@ -114,7 +116,7 @@ def starting_heads(run: SuiteRun, name: str, tasks: int) -> Tensor:
 
 
 def train_and_stop(run: SuiteRun, start: Tensor, tasks: list[Task], stops: set[int]) -> Stopped:
-    """Train heads (M, P) by `evaluation.oracle` and keep what they are after each of some steps.
+    """Train heads (M, P) by `evaluation.oracle` and keep what they and their moments are after each of some steps.
 
     Raises:
         TrainingDataError: the weights are no longer finite.
@@ -122,14 +124,18 @@ def train_and_stop(run: SuiteRun, start: Tensor, tasks: list[Task], stops: set[i
     recipe = run.preset.evaluation.oracle
     parts: dict[int, list[Tensor]] = {stop: [] for stop in sorted(stops)}
 
-    def keep(step: int, weights: Tensor) -> None:
+    def keep(step: int, weights: Tensor, moments: Moments) -> None:
         if step in parts:
-            parts[step].append(weights.clone())  # (m, P), one stack of the tasks
+            parts[step].append(torch.stack([weights, moments.mean, moments.square]))  # (3, m, P), of one stack
 
     began = time.perf_counter()
     train_heads(run, tasks, recipe, run.preset.seed, start, keep)
     seconds = (time.perf_counter() - began) / (len(tasks) * recipe.steps)
-    return Stopped({stop: torch.cat(heads) for stop, heads in parts.items()}, seconds)
+    heads, moments = {}, {}
+    for stop, stacks in parts.items():
+        heads[stop], mean, square = torch.cat(stacks, dim=1)  # (M, P) each
+        moments[stop] = Moments(mean, square, stop)
+    return Stopped(heads, moments, seconds)
 
 
 def measure(
@@ -170,7 +176,7 @@ def measure(
         "input": own_accuracy(run, tasks, given),
         "generated": own_accuracy(run, tasks, generated.heads),
         "noised": cross(between(noised)),
-        "continued": own_accuracy(run, tasks, train_on(run, tasks, given, stop, steps)),
+        "continued": own_accuracy(run, tasks, train_on(run, tasks, stopped, stop, steps)),
     }
     return {
         "interpolated": {f"{strength:g}": bootstrap.summary(values) for strength, values in interpolated.items()},
@@ -211,19 +217,21 @@ def interpolate_all(run: SuiteRun, given: Tensor, generated: Tensor, share: floa
     return torch.stack([interpolate(run.preset.head, head, made, share) for head, made in pairs])
 
 
-def train_on(run: SuiteRun, tasks: list[Task], given: Tensor, stop: int, steps: int) -> Tensor:
-    """Heads (M, P) that were stopped, trained for more steps: (M, P).
+def train_on(run: SuiteRun, tasks: list[Task], stopped: Stopped, stop: int, steps: int) -> Tensor:
+    """Heads (M, P) that were stopped after `stop` steps, trained for `steps` more: (M, P).
 
     The learning rate falls to zero within them, from where the whole training's had come to: so few steps at the
-    rate of the middle of a training would end worse.
+    rate of the middle of a training would end worse. AdamW goes on with its moments, as a training does that is
+    resumed: begun anew, it moves every number by the learning rate at once.
     """
+    given = stopped.heads[stop]
     if steps == 0:
         return given
     whole = run.preset.evaluation.oracle
     rate = whole.learning_rate * cosine_decay(stop / whole.steps)
     recipe = whole.model_copy(update={"steps": steps, "learning_rate": rate})
     # Not the samples again that the head was trained on first.
-    return train_heads(run, tasks, recipe, run.preset.seed + 1_000_003, given)
+    return train_heads(run, tasks, recipe, run.preset.seed + 1_000_003, given, moments=stopped.moments[stop])
 
 
 def cross(scores: Sequence[np.ndarray]) -> np.ndarray:

@@ -21,7 +21,7 @@ from text2weight_training.baselines import nearest_heads
 from text2weight_training.bootstrap import PairedBootstrap
 from text2weight_training.evaluate import generate_heads
 from text2weight_training.initialisation import RANDOM_STARTS, random_heads
-from text2weight_training.stacked import HeadRecipe
+from text2weight_training.stacked import HeadRecipe, Moments
 from text2weight_training.suites.base import (
     SuiteRun,
     Task,
@@ -200,7 +200,7 @@ def heads_on_the_way(
     """Train heads from starts (J, P), one task each, and keep them as they are after each of T steps: (T, J, P)."""
     kept: dict[int, list[Tensor]] = {step: [] for step in steps}
 
-    def keep(step: int, weights: Tensor) -> None:
+    def keep(step: int, weights: Tensor, _: Moments) -> None:
         if step in kept:
             kept[step].append(weights.clone())
 
