@@ -233,7 +233,10 @@ def test_the_hypernetwork_learns_heads_that_the_text_decides(toy: Toy) -> None:
     assert len(steps) == settings.total_steps == 1200
     heads, chosen = trained.heads, trained.chosen
     assert chosen["learning_rate"] == 1e-2
-    assert chosen["width"] == matching_width(16, spec.num_parameters, 20_000) > 1
+    widest = matching_width(16, spec.num_parameters, 20_000)
+    assert chosen["width"] == widest > 1
+    assert chosen["steps"] == 300
+    assert chosen["tried"] == {"learning_rate": [1e-6, 1e-2], "weight_decay": [0.0], "width": [1, widest]}
     tasks = list(zoo.split.unseen)
     targets = zoo.universal + describe_tasks(toy.data, tasks, center) @ mapping
     assert weight_error(space, heads(tasks), targets) < 0.3 * weight_error(space, weights.mean(0), targets)

@@ -16,6 +16,7 @@ from text2weight.checkpoint import bundled_checkpoint, read_config
 from text2weight.outside import OutsideSettings
 from text2weight_training.files import TrainingDataError
 from text2weight_training.presets import load_preset, preset_names
+from text2weight_training.suites.settings import HypernetworkSettings
 from text2weight_training.teacher import TeacherSettings
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,13 @@ def test_heldout_is_small_with_classes_and_pairs_held_out_and_what_serves_them()
     assert heldout.outside == OutsideSettings(reach=0.5, temperature=0.1)
     rest = {"zoo": small.zoo, "fit": small.fit, "outside": None, "suites": small.suites}
     assert heldout.model_copy(update=rest) == small
+
+
+def test_recorded_tables_train_the_hypernetwork_in_full_and_show_an_edge_of_its_rates() -> None:
+    hypernetwork = load_preset("heldout").suites.accuracy.hypernetwork
+    assert hypernetwork == HypernetworkSettings()
+    assert hypernetwork.steps >= 2000
+    assert len(hypernetwork.learning_rates) >= 3
 
 
 def test_the_bundled_model_is_made_by_its_preset() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,32 @@ def test_the_report_needs_nothing_but_the_result(measured: Measured) -> None:
     assert len(tables) == 6 * (len(HEADS | NO_HEADS) + 2)
     assert "| head | seen combinations | unseen combinations | held-out pairs |" in text
     assert "**generated/mean/1**" in text
-    assert "of a grid and by its error on a tenth of the zoo: width " in text
     assert "CLIP zero-shot does not apply: the features are of toy backbone, not of CLIP's image tower." in text
     shown = measured.result["splits"]["unseen"]["methods"]["oracle"]["accuracy"]
     assert f"| oracle | {100 * shown:.2f} |" in text
+
+
+def test_the_report_says_how_long_the_hypernetwork_was_trained_and_what_lies_at_the_edge(measured: Measured) -> None:
+    opening = "of a grid and by its error on a tenth of the zoo: "
+    # Of two weight decays and two widths either is at the edge; there is one learning rate.
+    edges = r"At the edge of what was tried: weight decay, width\."
+    assert re.search(
+        rf"{opening}width \d+, 20 steps, learning rate 0\.01, weight decay 0(\.1)?\. {edges}\n", report(measured.result)
+    )
+
+    def described(chosen: dict[str, Any]) -> str:
+        return report(measured.result | {"hypernetwork": chosen})
+
+    chosen = {"learning_rate": 1e-3, "weight_decay": 0.3, "width": 379, "error": 0.5}
+    tried = {"learning_rate": [3e-4, 1e-3, 3e-3], "weight_decay": [0.01, 0.3, 1.0], "width": [95, 379, 758]}
+    text = f"{opening}width 379, 200 steps, learning rate 0.001, weight decay 0.3.\n"
+    assert text in described(chosen | {"steps": 200, "tried": tried})
+    tried["learning_rate"] = [1e-3, 3e-3, 1e-2]
+    assert f"{text[:-1]} At the edge of what was tried: learning rate.\n" in described(
+        chosen | {"steps": 200, "tried": tried}
+    )
+    # A result file without them.
+    assert f"{opening}width 379, learning rate 0.001, weight decay 0.3.\n" in described(chosen)
 
 
 def test_figures_lie_in_the_suites_folder(measured: Measured) -> None:

@@ -16,7 +16,7 @@ from text2weight_training.files import TrainingDataError
 from text2weight_training.model_cli import results_app
 from text2weight_training.suites import SUITES
 from text2weight_training.suites.page import MARK, read_results, write_page
-from text2weight_training.suites.tables import markdown_table, number, percent, points
+from text2weight_training.suites.tables import mark_edge, markdown_table, name_edges, number, percent, points
 
 ENTRY = {"value": 0.5, "interval": [0.25, 0.75]}
 
@@ -39,6 +39,16 @@ def test_tables_and_values() -> None:
     assert percent(ENTRY) == "50.00 (25.00 to 75.00)"
     assert points(ENTRY) == "+50.00 (+25.00 to +75.00)"
     assert number(ENTRY, 1) == "0.5 (0.2 to 0.8)"
+
+
+def test_what_was_chosen_at_the_edge_is_marked() -> None:
+    assert [mark_edge(rate, (0.1, 0.001, 0.01)) for rate in (0.001, 0.01, 0.1)] == ["0.001 *", "0.01", "0.1 *"]
+    # With nothing beside it, or where it is not known what was tried, a value has no edge.
+    assert mark_edge(0.1, [0.1, 0.1]) == mark_edge(0.1, []) == "0.1"
+    chosen = {"weight_decay": 0.3, "steps": 200, "width": 5}
+    tried = {"weight_decay": [0.01, 0.3], "steps": [100, 200, 300], "width": [5, 7]}
+    assert name_edges(chosen, tried) == " At the edge of what was tried: weight decay, width."
+    assert name_edges(chosen, {"steps": tried["steps"]}) == name_edges(chosen, {}) == ""
 
 
 def test_a_page_has_every_section_and_its_figures(folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +71,12 @@ class TrainedHypernetwork:
 
     Attributes:
         heads: from M tasks to heads (M, P).
-        chosen: `learning_rate`, `weight_decay`, `width` and `error` of the network that was kept.
+        chosen: `learning_rate`, `weight_decay`, `width` and `error` of the network that was kept; `steps`, of every
+            training; `tried`, by name the values that each of the first three was chosen from.
     """
 
     heads: Callable[[Sequence[tuple[int, ...]]], Tensor]
-    chosen: dict[str, float]
+    chosen: dict[str, Any]
 
 
 def train_hypernetwork(
@@ -110,14 +112,19 @@ def train_hypernetwork(
     scale = inputs.std().clamp(min=1e-8)
     inputs, targets = inputs / scale, space.standardise(zoo.weights)  # (n, 2D), (n, P)
     widest = matching_width(inputs.shape[1], targets.shape[1], parameters)
-    best, best_error, chosen = None, math.inf, {}
-    for share, rate, decay in product(settings.widths, settings.learning_rates, settings.weight_decays):
-        width = max(1, round(share * widest))
+    widths = [max(1, round(share * widest)) for share in settings.widths]
+    rates, decays = settings.learning_rates, settings.weight_decays
+    best, best_error = None, math.inf
+    chosen: dict[str, Any] = {
+        "steps": settings.steps,
+        "tried": {"learning_rate": list(rates), "weight_decay": list(decays), "width": widths},
+    }
+    for width, rate, decay in product(widths, rates, decays):
         recipe = Recipe(steps=settings.steps, batch_size=settings.batch_size, learning_rate=rate, weight_decay=decay)
         network, error = _train(inputs, targets, width, recipe, seed, on_step)
         if error < best_error:
             best, best_error = network, error
-            chosen = {"learning_rate": rate, "weight_decay": decay, "width": width, "error": error}
+            chosen |= {"learning_rate": rate, "weight_decay": decay, "width": width, "error": error}
     assert best is not None  # `_train` raises where an error is not finite
     network = best
 

@@ -37,7 +37,7 @@ from text2weight_training.files import TrainingDataError
 from text2weight_training.hypernetwork import TrainedHypernetwork, train_hypernetwork
 from text2weight_training.suites.base import SuiteRun, plain, regularised, train_heads
 from text2weight_training.suites.figures import new_figure, save_figure
-from text2weight_training.suites.tables import markdown_table
+from text2weight_training.suites.tables import markdown_table, name_edges
 from text2weight_training.tasks import TaskSplit
 from text2weight_training.zoo import universal_head
 
@@ -307,11 +307,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['held_out']['pairs']} class pairs held out. Accuracy in %; {result['oracle_seeds']} oracle seeds.",
         markdown_table(["head", *splits], rows),
     ]
-    chosen = result["hypernetwork"]
-    parts.append(
-        f"The MLP hypernetwork, of a grid and by its error on a tenth of the zoo: width {chosen['width']}, "
-        f"learning rate {chosen['learning_rate']:g}, weight decay {chosen['weight_decay']:g}."
-    )
+    parts.append(_describe_hypernetwork(result["hypernetwork"]))
     if result.get("outside"):
         parts.append(
             "For names that training never saw, generated heads read mixtures of known names (temperature "
@@ -329,6 +325,16 @@ def report(result: dict[str, Any]) -> str:
         "Intervals are 95 % bootstrap intervals over tasks, paired."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _describe_hypernetwork(chosen: dict[str, Any]) -> str:
+    # Older result files hold neither its steps nor what was tried.
+    steps = f"{chosen['steps']} steps, " if "steps" in chosen else ""
+    return (
+        f"The MLP hypernetwork, of a grid and by its error on a tenth of the zoo: width {chosen['width']}, {steps}"
+        f"learning rate {chosen['learning_rate']:g}, weight decay {chosen['weight_decay']:g}."
+        + name_edges(chosen, chosen.get("tried", {}))
+    )
 
 
 def _describe_split(entry: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from text2weight_training.suites.base import (
     train_heads,
 )
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
-from text2weight_training.suites.tables import markdown_table, percent
+from text2weight_training.suites.tables import markdown_table, name_edges, percent
 from text2weight_training.zoo import universal_head
 
 # The fresh combinations' own random stream, apart from the zoo's tasks and the fit's.
@@ -367,15 +367,11 @@ def _share(entry: dict[str, Any]) -> str:
 def _describe_oracle(name: str, entry: dict[str, Any], tuning_tasks: int) -> str:
     recipe, tried = entry["recipe"], entry["tried"]
     best = max(attempt["accuracy"] for attempt in tried)
-    edges = []
-    for key in ("learning_rate", "weight_decay", "steps"):
-        values = {attempt["recipe"][key] for attempt in tried}
-        if len(values) > 1 and recipe[key] in (min(values), max(values)):
-            edges.append(key.replace("_", " "))
+    grid = {key: [attempt["recipe"][key] for attempt in tried] for key in ("learning_rate", "weight_decay", "steps")}
     return (
         f"{name}, the best of {len(tried)} settings by test accuracy on {tuning_tasks} other fresh combinations "
         f"({100 * best:.2f} % there): from the {entry['start']} head, {recipe['steps']} steps, learning rate "
         f"{recipe['learning_rate']:g}, weight decay {recipe['weight_decay']:g}, label smoothing "
         f"{recipe.get('label_smoothing', 0):g}, feature dropout {recipe.get('feature_dropout', 0):g}."
-        + (f" At the edge of what was tried: {', '.join(edges)}." if edges else "")
+        + name_edges(recipe, grid)
     )

@@ -34,7 +34,7 @@ from text2weight_training.suites.base import (
     training_sample,
 )
 from text2weight_training.suites.figures import new_figure, plot_band, save_figure
-from text2weight_training.suites.tables import markdown_table, percent, points
+from text2weight_training.suites.tables import mark_edge, markdown_table, percent, points
 
 # Far from the seeds that other heads of the measurement are made with.
 REPEAT_SEED = 100_000
@@ -262,11 +262,8 @@ def report(result: dict[str, Any]) -> str:
     for name, entry in result["starts"].items():
         headline = name == result["headline"]
         title, rate = f"**{name}**" if headline else name, entry["learning_rate"]
-        at_edge = len(rates) > 1 and rate in (min(rates), max(rates))
         gains = ["" if headline else points(entry["gain"][place]) for place in ("few", "end")]
-        ways.append(
-            [title, f"{rate:g}{' *' if at_edge else ''}", *(percent(entry["accuracy"][i]) for i in marks), *gains]
-        )
+        ways.append([title, mark_edge(rate, rates), *(percent(entry["accuracy"][i]) for i in marks), *gains])
         reaching = entry["reaching"]
         mean, (low, high) = reaching["mean"]["value"], reaching["mean"]["interval"]
         median = "not reached" if reaching["median"] is None else str(reaching["median"])
