@@ -138,3 +138,19 @@ def test_the_report_has_a_row_per_method(toy_suites: ToySuites) -> None:
     for name in result["methods"]:
         assert f"\n| {name} |" in text or f"\n| **{name}** |" in text
     assert "5 pairs of disjoint tasks of 3 classes" in text
+
+
+def test_the_report_marks_factors_at_the_edge_of_what_was_tried(toy_suites: ToySuites) -> None:
+    result = toy_suites.result("fuse")
+    assert result["tried"] == [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0]
+    chosen = {
+        "generated": {"task arithmetic": 0.02, "ties": 0.05},
+        "trained": {"task arithmetic": 0.7, "ties": 1.0},
+    }
+    factors = "generated heads: task arithmetic {}, ties 0.05; trained heads: task arithmetic 0.7, ties {}."
+    marks = "(of 0.02 to 1; * marks one at the edge), "
+    text = fuse.report({**result, "scales": chosen})
+    assert f"Factors chosen on training features {marks}{factors.format('0.02 *', '1 *')}" in text
+    # Result files that do not say what was tried.
+    text = fuse.report({**{key: value for key, value in result.items() if key != "tried"}, "scales": chosen})
+    assert f"Factors chosen on training features, {factors.format('0.02', '1')}" in text

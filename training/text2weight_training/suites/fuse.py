@@ -31,7 +31,7 @@ from text2weight_training.suites.base import (
 )
 from text2weight_training.suites.figures import new_figure, plot_interval, save_figure
 from text2weight_training.suites.regmean import layer_grams, regmean
-from text2weight_training.suites.tables import markdown_table, percent, points
+from text2weight_training.suites.tables import mark_edge, markdown_table, percent, points
 
 SCORES = ("joint", "first", "second")
 ENSEMBLE = "logit ensemble"
@@ -54,9 +54,10 @@ def run(run: SuiteRun) -> dict[str, Any]:
     """Measure every way of making one head for two tasks, paired by pair of tasks.
 
     Returns:
-        `pairs`, `task_size`; `scales`, the factors that task arithmetic and TIES chose; per method in `methods` the
-        accuracy on the `joint` label set and on each part among its own labels (`first`, `second`), and `gain`, the
-        joint accuracy of the generated union's head (first sampler) less the method's.
+        `pairs`, `task_size`; `scales`, the factors that task arithmetic and TIES chose, and `tried`, those they chose
+        from; per method in `methods` the accuracy on the `joint` label set and on each part among its own labels
+        (`first`, `second`), and `gain`, the joint accuracy of the generated union's head (first sampler) less the
+        method's.
 
     Raises:
         TrainingDataError: too few classes for disjoint tasks, or fewer pairs of new tasks than asked for.
@@ -93,6 +94,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
         "task_size": settings.task_size,
         "headline": union,
         "scales": scales,
+        "tried": list(settings.scales),
         "methods": dict(sorted(methods.items(), key=lambda item: float(item[1]["joint"]["value"]))),
     }
     _plot(run, result)
@@ -234,14 +236,16 @@ def report(result: dict[str, Any]) -> str:
         ]
         for name, entry in result["methods"].items()
     ]
+    tried = result.get("tried", [])  # older result files do not hold them
     chosen = "; ".join(
-        f"{source} heads: " + ", ".join(f"{name} {scale}" for name, scale in scales.items())
+        f"{source} heads: " + ", ".join(f"{name} {mark_edge(scale, tried)}" for name, scale in scales.items())
         for source, scales in result["scales"].items()
     )
+    note = f" (of {min(tried):g} to {max(tried):g}; * marks one at the edge)" if tried else ""
     headings = ["head", "joint", "first part", "second part", "gain of the generated union"]
     return (
         f"{result['pairs']} pairs of disjoint tasks of {result['task_size']} classes. Accuracy in % on the joint "
         f"label set, and on each part among its own labels. Merged are heads trained on the two tasks (trained/) and "
-        f"heads generated for them (generated/). Factors chosen on training features, {chosen}.\n\n"
+        f"heads generated for them (generated/). Factors chosen on training features{note}, {chosen}.\n\n"
         + markdown_table(headings, rows)
     )

@@ -184,7 +184,7 @@ class FuseSettings(SuiteSettings):
     pairs: PositiveInt = 100
     task_size: Annotated[int, Field(ge=2)] = 8
     samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1), ("ddim", 20)), min_length=1)
-    scales: tuple[PositiveFloat, ...] = Field(default=(0.1, 0.2, 0.3, 0.5, 0.7, 1.0), min_length=1)
+    scales: tuple[PositiveFloat, ...] = Field(default=(0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0), min_length=1)
     density: Share = 0.2
     regmean_decay: Share = 0.9
     selection_samples: PositiveInt = 512
