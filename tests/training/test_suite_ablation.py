@@ -79,15 +79,19 @@ def test_places_of_fresh_items_that_nothing_would_use_go_to_zoo_heads() -> None:
     assert changed("task_loss", only)["fit.diffusion_weight"] == 1.0  # or nothing would be left to learn from
 
 
-def test_the_paper_variant_is_the_papers_preset_on_this_zoo() -> None:
-    toy, paper = toy_preset(), load_preset("paper")
-    made = make_variant("paper", toy, toy.seed).preset
+@pytest.mark.parametrize("own", [toy_preset(), load_preset("heldout")], ids=["toy", "heldout"])
+def test_the_paper_variant_is_the_papers_preset_on_this_zoo(own: Preset) -> None:
+    paper, size = load_preset("paper"), own.denoiser.embedding_dim
+    made = make_variant("paper", own, own.seed).preset
     assert (made.fit, made.schedule, made.prediction, made.scaling) == (
         paper.fit, paper.schedule, paper.prediction, paper.scaling,
     )  # fmt: skip
-    assert made.denoiser == paper.denoiser.model_copy(update={"embedding_dim": 8})
-    assert (made.sampler, made.steps) == (paper.sampler, paper.steps)
-    assert (made.head, made.zoo, made.logit_scale) == (toy.head, toy.zoo, toy.logit_scale)
+    assert made.denoiser == paper.denoiser.model_copy(update={"embedding_dim": size})
+    assert (made.sampler, made.steps, made.outside) == (paper.sampler, paper.steps, None)
+    assert (made.head, made.zoo, made.logit_scale) == (own.head, own.zoo, own.logit_scale)
+
+
+def test_the_paper_variant_has_also_what_dumps_leave_out() -> None:
     plain = toy_preset(denoiser__pooled=False)  # a field that dumps leave out at its usual value
     assert make_variant("paper", plain, 0).preset.denoiser.pooled
 

@@ -162,6 +162,7 @@ def _paper(preset: Preset) -> Made:
         "fit": _fields(paper.fit),
         "sampler": paper.sampler,
         "steps": paper.steps,
+        "outside": paper.outside,
         "evaluation": {"samplers": paper.evaluation.samplers},
     }
 
