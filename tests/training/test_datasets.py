@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from torchvision.datasets import CIFAR100, Caltech256
+from torchvision.datasets import CIFAR100
 
+from text2weight_training import datasets
 from text2weight_training.datasets import open_dataset
 from text2weight_training.files import TrainingDataError
 
@@ -80,9 +82,36 @@ def test_caltech256_has_a_fixed_split_of_each_class(caltech_root: Path) -> None:
 
 
 def test_caltech256_that_cannot_be_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Caltech256, "download", lambda self: None)
-    with pytest.raises(TrainingDataError, match="Caltech-256 is not there"):
+    def no_network(*_: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", no_network)
+    with pytest.raises(TrainingDataError, match="Caltech-256 is not there and cannot be downloaded: network"):
         open_dataset("caltech256", tmp_path)
+
+
+def test_an_unfinished_unpacking_of_caltech256_is_not_taken_for_the_data(
+    caltech_root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path_factory.mktemp("data")
+    place, name = root / "caltech256", "256_ObjectCategories"
+    place.mkdir()
+    # torchvision takes a whole archive that is there for a finished download.
+    archive = Path(shutil.make_archive(str(place / name), "tar", caltech_root / "caltech256", name))
+    monkeypatch.setattr(datasets, "CALTECH_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+
+    def killed(_: str, into: str) -> None:
+        (Path(into) / name / "001.ak47").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torchvision.datasets.utils.extract_archive", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_dataset("caltech256", root)
+    assert [path.name for path in place.iterdir()] == [archive.name]
+    train, test = open_dataset("caltech256", root)
+    assert (len(train.keys), len(test.keys)) == (17, 4)
+    assert [path.name for path in place.iterdir()] == [name]
 
 
 def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:

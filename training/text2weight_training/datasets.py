@@ -15,6 +15,9 @@ from text2weight_training.image_data import LabelledImages, check_same_classes, 
 Splits = tuple[LabelledImages, LabelledImages]
 CALTECH_TEST_SHARE = 0.2
 CALTECH_CLUTTER = "clutter"
+CALTECH = "256_ObjectCategories"
+CALTECH_URL = f"https://data.caltech.edu/records/nyy15-4j048/files/{CALTECH}.tar"
+CALTECH_MD5 = "67b4f42ca05d46448c6bb8ecd2220f6d"
 TINY_IMAGENET = "tiny-imagenet-200"
 TINY_IMAGENET_URL = f"http://cs231n.stanford.edu/{TINY_IMAGENET}.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -62,16 +65,7 @@ def download_tiny_imagenet(root: Path) -> Path:
     Raises:
         TrainingDataError: it cannot be downloaded, or arrives damaged.
     """
-    from torchvision.datasets.utils import download_url, extract_archive
-
-    folder, archive = root / TINY_IMAGENET, f"{TINY_IMAGENET}.zip"
-    if not folder.is_dir():
-        _download("Tiny-ImageNet", lambda: download_url(TINY_IMAGENET_URL, str(root), archive, TINY_IMAGENET_MD5))
-        with TemporaryDirectory(dir=root) as scratch:
-            extract_archive(str(root / archive), scratch)
-            (Path(scratch) / TINY_IMAGENET).rename(folder)
-        (root / archive).unlink()
-    return folder
+    return _unpacked("Tiny-ImageNet", root / TINY_IMAGENET, TINY_IMAGENET_URL, TINY_IMAGENET_MD5)
 
 
 def _cifar100(root: Path) -> Splits:
@@ -92,10 +86,8 @@ def _cifar_split(root: Path, dataset: Callable[..., object], split: str) -> Labe
 
 
 def _caltech256(root: Path) -> Splits:
-    from torchvision.datasets import Caltech256
-
-    _download("Caltech-256", lambda: Caltech256(str(root), download=True))
-    pictures = root / "caltech256" / "256_ObjectCategories"
+    # torchvision's own class unpacks in place, and takes what an interrupted unpacking left for the data.
+    pictures = _unpacked("Caltech-256", root / "caltech256" / CALTECH, CALTECH_URL, CALTECH_MD5)
     # Class 257 is "clutter", pictures of anything, and its name says nothing about them.
     folders = sorted(f for f in pictures.iterdir() if f.is_dir() and not f.name.endswith(CALTECH_CLUTTER))
     classes = tuple(_caltech_name(folder.name) for folder in folders)
@@ -118,6 +110,20 @@ def _caltech256(root: Path) -> Splits:
 def _caltech_name(folder: str) -> str:
     """Turn "063.electric-guitar-101" into "electric guitar"."""
     return folder.split(".", 1)[-1].removesuffix("-101").replace("-", " ")
+
+
+def _unpacked(name: str, folder: Path, url: str, md5: str) -> Path:
+    """Download and unpack an archive that holds `folder`, unless that is there; it appears whole or not at all."""
+    from torchvision.datasets.utils import download_url, extract_archive
+
+    root, archive = folder.parent, url.rpartition("/")[2]
+    if not folder.is_dir():
+        _download(name, lambda: download_url(url, str(root), archive, md5))
+        with TemporaryDirectory(dir=root) as scratch:
+            extract_archive(str(root / archive), scratch)
+            (Path(scratch) / folder.name).rename(folder)
+        (root / archive).unlink()
+    return folder
 
 
 def _download(name: str, open_it: Callable[[], object]) -> object:

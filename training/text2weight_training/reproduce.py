@@ -20,7 +20,7 @@ from text2weight.condition import plain_name
 from text2weight.denoiser import Denoiser
 from text2weight.errors import CheckpointError
 from text2weight.text_encoder import load_text_encoder, read_embedding_table
-from text2weight_training.datasets import TINY_IMAGENET, Splits, download_tiny_imagenet, open_dataset
+from text2weight_training.datasets import CALTECH, TINY_IMAGENET, Splits, download_tiny_imagenet, open_dataset
 from text2weight_training.embed import embed, save_table
 from text2weight_training.feature_file import read_feature_file
 from text2weight_training.features import ExtractConfig, extract
@@ -74,7 +74,7 @@ class Reproduction:
         dataset: as `open_dataset` knows it.
         images: pictures of both splits.
         download_bytes: what comes over the network.
-        disk_bytes: pictures on disk, with an archive that stays there.
+        disk_bytes: pictures on disk, with the archive that they are unpacked from.
         folder: where they lie, below the data folder.
         backbone: what turns them into features.
         text_model: as `load_text_encoder` takes it.
@@ -94,7 +94,7 @@ class Reproduction:
 REPRODUCTIONS = {
     "cifar100": Reproduction("cifar100", 60_000, 169e6, 355e6, "cifar-100-python"),
     "tiny-imagenet": Reproduction("tiny-imagenet", 110_000, 248e6, 490e6, TINY_IMAGENET),
-    "caltech256": Reproduction("caltech256", 29_780, 1.19e9, 2.4e9, "caltech256/256_ObjectCategories"),
+    "caltech256": Reproduction("caltech256", 29_780, 1.19e9, 2.4e9, f"caltech256/{CALTECH}"),
 }
 
 
