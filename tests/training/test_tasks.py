@@ -61,6 +61,20 @@ def test_classes_without_an_embedding_are_left_out_with_a_warning(tmp_path: Path
     assert not targets.any()
 
 
+def test_a_class_without_a_description_is_refused(tmp_path: Path) -> None:
+    features, _ = write_toy_files(tmp_path)
+    table = toy_table()
+    texts = tuple((f"what is a {name}",) for name in table.names)
+    described = replace(table, template="{}", descriptions=texts)
+    names = ("pear", *table.names[1:3], "newt", *table.names[4:])
+    lacking = replace(described, names=names, embeddings=table.embeddings.clone())
+    write_embedding_tables(tmp_path / "nl.safetensors", {"all": described, "some": lacking})
+    assert len(load_task_data([features], f"{tmp_path}/nl.safetensors#all").classes) == len(NAMES)
+    message = r"nl.safetensors#some .* none of 2 of 12 classes: apple, lizard; describe them and run `t2w embed"
+    with pytest.raises(TrainingDataError, match=message):
+        load_task_data([features], f"{tmp_path}/nl.safetensors#some")
+
+
 def test_fewer_than_two_matching_names_is_an_error(tmp_path: Path) -> None:
     strangers = tuple(f"stranger {i}" for i in range(11))
     with pytest.raises(TrainingDataError, match="only 1 of 12 class names have an embedding"):

@@ -181,11 +181,11 @@ def load_task_data(
             descriptions; None for the class embeddings.
 
     Warns:
-        UserWarning: classes that a table has no embedding for are left out; classes share an embedding.
+        UserWarning: classes that a table of names has no embedding for are left out; classes share an embedding.
 
     Raises:
-        TrainingDataError: a file cannot be used, names repeat, fewer than two classes have an embedding, or the
-            condition's table lacks one of those that have.
+        TrainingDataError: a file cannot be used, names repeat, fewer than two classes have an embedding, a table of
+            descriptions lacks a class, or the condition's table lacks one of those that have an embedding.
         CheckpointError: the table or text encoder cannot be read.
     """
     file = merge_feature_files([read_feature_file(path) for path in features])
@@ -255,6 +255,11 @@ def _match_names(names: Sequence[str], table: EmbeddingTable, source: str) -> li
     rows = table.rows
     kept = [i for i, name in enumerate(names) if name.casefold() in rows]
     missing = [name for name in names if name.casefold() not in rows]
+    if missing and table.descriptions:
+        raise TrainingDataError(
+            f"text {source} is a table of descriptions and has none of {len(missing)} of {len(names)} classes: "
+            f"{_shown(missing)}; describe them and run `t2w embed --descriptions` again, or name another table"
+        )
     if len(kept) < 2:
         raise TrainingDataError(
             f"only {len(kept)} of {len(names)} class names have an embedding in {source}: "
