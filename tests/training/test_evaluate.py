@@ -205,6 +205,20 @@ def test_an_older_checkpoint_is_measured_with_a_note(
     assert "could not be checked that the zoo's unseen tasks were left out" in capsys.readouterr().err
 
 
+def test_features_of_another_backbones_name_are_measured_with_a_note(
+    toy: Toy, toy_run: ToyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = load_checkpoint(toy_run.out / "checkpoint").config.backbone
+    assert backbone["name"] == toy.data.backbone["name"] == "toy backbone"
+    load_generator(toy_run.out / "checkpoint", toy.data, toy.zoo, toy_run.preset)
+    assert capsys.readouterr().err == ""
+    other = changed_checkpoint(toy_run, tmp_path / "other", backbone=backbone | {"name": "resnet [18]"})
+    load_generator(other, toy.data, toy.zoo, toy_run.preset)
+    note = capsys.readouterr().err
+    assert "was trained on features of backbone 'resnet [18]', and these features are of 'toy backbone': " in note
+    assert "unless both are names of one network, its accuracies mean nothing" in note
+
+
 def test_a_checkpoint_of_another_text_encoder_or_with_a_flipped_byte_is_refused(
     toy: Toy, toy_run: ToyRun, tmp_path: Path
 ) -> None:

@@ -120,6 +120,9 @@ def default_method(preset: Preset) -> str:
 def load_generator(checkpoint: Path, data: TaskData, zoo: Zoo, preset: Preset) -> Generator:
     """Load a checkpoint, with the text encoder that the data's embeddings were made with.
 
+    Notes on standard error what could make its accuracies worthless and cannot be decided here: a backbone of another
+    name, and a split that the checkpoint does not record.
+
     Raises:
         TrainingDataError: it was trained on other classes, another template, another zoo's tasks or other condition
             texts, or makes heads of another kind.
@@ -139,18 +142,27 @@ def load_generator(checkpoint: Path, data: TaskData, zoo: Zoo, preset: Preset) -
     differing = [f"{key} {made[key]} instead of {wanted[key]}" for key in made if made[key] != wanted[key]]
     if differing:
         raise TrainingDataError(f"checkpoint {checkpoint} makes other heads than the zoo's: {', '.join(differing)}")
+    _check_backbone(checkpoint, generator.config.backbone.get("name"), data)
     return generator
+
+
+def _check_backbone(checkpoint: Path, trained: str | None, data: TaskData) -> None:
+    """Say where features may be another backbone's; no refusal, as one network may have two names."""
+    name = data.backbone["name"]
+    if trained not in (None, name):
+        _note(
+            f"checkpoint {checkpoint} was trained on features of backbone {trained!r}, and these features are of "
+            f"{name!r}: unless both are names of one network, its accuracies mean nothing; then give features of the "
+            "checkpoint's own backbone"
+        )
 
 
 def _check_split(checkpoint: Path, trained: str | None, zoo: Zoo) -> None:
     """Refuse a zoo of another split, whose unseen tasks training may have seen; say where that cannot be known."""
     if trained is None:
-        Console(stderr=True).print(
-            f"note: checkpoint {checkpoint} does not say which tasks it was trained on, so it could not be checked "
-            "that the zoo's unseen tasks were left out: give the zoo that it was trained on",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
+        _note(
+            f"checkpoint {checkpoint} does not say which tasks it was trained on, so it could not be checked "
+            "that the zoo's unseen tasks were left out: give the zoo that it was trained on"
         )
     elif trained != zoo.split.fingerprint:
         raise TrainingDataError(
@@ -158,6 +170,10 @@ def _check_split(checkpoint: Path, trained: str | None, zoo: Zoo) -> None:
             f"{zoo.split.fingerprint[:12]}), so this one's unseen tasks may have been trained on: give the zoo that it "
             "was trained on"
         )
+
+
+def _note(text: str) -> None:
+    Console(stderr=True).print(f"note: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
 def baseline_heads(data: TaskData, zoo: Zoo, tasks: list[tuple[int, ...]]) -> dict[str, Tensor]:
