@@ -17,6 +17,7 @@ from text2weight.generator import Generator
 from text2weight.samplers import make_plan
 from text2weight.weight_tokens import permute_units
 from text2weight_training.fit import Fit, StepDraws
+from text2weight_training.loss_watch import DivergedError
 from text2weight_training.symmetry import equivariance_error
 
 DROPOUT = {"fit__condition_dropout": 0.25, "denoiser__null_condition": True}
@@ -307,3 +308,24 @@ def test_the_condition_reaches_the_denoiser_as_drawn(toy: Toy, tmp_path: Path) -
     fit._compute_losses(torch.Generator().manual_seed(5))
     assert counts[0] == counts[1][8:]
     assert 0 in counts[1]
+
+
+@pytest.mark.parametrize(("broken", "found"), [("discriminator", 3), ("adversarial", 4)])
+def test_a_broken_discriminator_asks_for_a_lower_rate_of_its_own(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, found: int
+) -> None:
+    """In step 3 its own loss breaks, or its weights do, which the denoiser's loss meets in the next."""
+    fit = make_fit(toy, tmp_path / "state.pt", fit__save_every=2, fit__adversarial_weight=0.01)
+    assert fit.adversary is not None
+    turn, weights = fit.adversary.step, next(fit.adversary.discriminator.parameters())
+
+    def breaking(factor: float, gradient_clip: float) -> Tensor:
+        loss = turn(factor, gradient_clip)
+        if fit.state.step == 2:
+            (loss if broken == "discriminator" else weights.detach()).fill_(torch.nan)
+        return loss
+
+    monkeypatch.setattr(fit.adversary, "step", breaking)
+    message = rf"^{broken} is not finite at step {found}: lower fit.discriminator_learning_rate; the state of step 2 "
+    with pytest.raises(DivergedError, match=message):
+        fit.run()

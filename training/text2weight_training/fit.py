@@ -43,6 +43,9 @@ from text2weight_training.tasks import PADDING, TaskData, TaskSplit, pad_tasks
 from text2weight_training.teacher import teacher_answers
 from text2weight_training.zoo import Zoo, check_zoo_fits
 
+# Losses that break where the discriminator does; they stand behind the denoiser's own in a step's losses.
+ADVERSARY_LOSSES = ("adversarial", "discriminator")
+
 
 @dataclass
 class FitState:
@@ -193,15 +196,16 @@ class Fit:
         """The loss to watch, the same for all processes, once it and all the others are found sound."""
         # The adversary's part is left out: its size is up to the discriminator, and grows where that wins.
         watched = self._denoiser_total(losses).detach()
-        broken = [f"{name} is not finite" for name, value in losses.items() if not math.isfinite(float(value))]
+        broken = [name for name, value in losses.items() if not math.isfinite(float(value))]
         loss = float(self._accelerator.reduce(watched * math.nan if broken else watched, "mean"))
-        complaint = broken[0] if broken else self._watch.complaint(loss)
+        complaint = f"{broken[0]} is not finite" if broken else self._watch.complaint(loss)
         if complaint:
             saved = self._saved_step
             kept = "no state was saved"
             if saved is not None:
                 kept = f"the state of step {saved} is kept in {self._state_file}, to go on from with the new rate"
-            raise DivergedError(f"{complaint} at step {self.state.step}: lower fit.learning_rate; {kept}")
+            rate = "discriminator_learning_rate" if broken and broken[0] in ADVERSARY_LOSSES else "learning_rate"
+            raise DivergedError(f"{complaint} at step {self.state.step}: lower fit.{rate}; {kept}")
         return loss
 
     def _step(self, done: float) -> dict[str, Tensor]:
