@@ -78,6 +78,18 @@ def test_the_results_pages_commands_derive_the_presets_that_they_use(tmp_path: P
         fit, denoiser = derived[name].fit, derived[name].denoiser
         assert (fit.symmetry_weight, fit.task_weight, denoiser.tokens, denoiser.class_path) == (weight, 0, "chunk", 0)
         assert (derived[name].scaling, derived[name].zoo) == ("min_max", derived["stopped.yaml"].zoo)
+    ablation = changed(heldout.suites.ablation, minutes=15, seeds=1, tasks=100)
+    assert derived["scale.yaml"] == changed(
+        heldout,
+        zoo=changed(heldout.zoo, tasks=12000),
+        suites=changed(heldout.suites, ablation=ablation, accuracy=changed(heldout.suites.accuracy, tasks=100)),
+    )
+    paper = load_preset("paper")
+    assert derived["narrow.yaml"] == changed(
+        paper,
+        denoiser=changed(paper.denoiser, width=256, depth=3, heads=4),
+        evaluation=changed(paper.evaluation, tasks=100),
+    )
     zoo = {"tasks": 640, "task_size": (8, 20), "unseen_fraction": 0.3, "held_out_pairs": 0}
     accuracy = changed(heldout.suites.accuracy, tasks=100)
     assert derived["outside.yaml"] == changed(
