@@ -147,15 +147,16 @@ def forbid_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fit, "run", lambda *_: pytest.fail("fitted again"))
 
 
-def test_scores_are_those_of_the_fitted_checkpoints(toy: Toy, toy_suites: ToySuites) -> None:
-    result, tasks = toy_suites.result("ablation"), list(toy.zoo.split.unseen[:5])
+@pytest.mark.parametrize("split", ["seen", "unseen"])
+def test_scores_are_those_of_the_fitted_checkpoints(toy: Toy, toy_suites: ToySuites, split: str) -> None:
+    result, tasks = toy_suites.result("ablation"), list(getattr(toy.zoo.split, split)[:5])
     seed = toy.preset.seed
     means = {}
     for name in ("full", "task_loss"):
         generator = Generator.load(toy_suites.out / "ablation" / f"{name}-{seed}" / "checkpoint")
         heads = {"ddim/3": generate_heads(generator, toy.data, tasks, "ddim", 3, seed)}
         means[name] = accuracies(toy.data, toy.preset.head, tasks, heads)["ddim/3"].mean()
-        cell = result["splits"]["unseen"]["variants"][name]["ddim/3"]
+        cell = result["splits"][split]["variants"][name]["ddim/3"]
         assert cell["accuracy"]["value"] == pytest.approx(means[name], abs=1e-6)
         assert cell["accuracy_of_seeds"] == [pytest.approx(means[name], abs=1e-6)]
         assert cell["change"]["value"] == pytest.approx(means[name] - means["full"], abs=1e-6)
@@ -246,10 +247,10 @@ def test_harder_splits_are_measured_where_the_zoo_has_them(suite_run: SuiteRun, 
         replace(suite_run, zoo=hard_toy.zoo, preset=preset, out=tmp_path), variants=("full", "fresh_items")
     )
     result = ablation.run(run)
-    assert list(result["splits"]) == ["unseen", "held_out_pairs", "mixed_classes", "held_out_classes"]
+    assert list(result["splits"]) == ["seen", "unseen", "held_out_pairs", "mixed_classes", "held_out_classes"]
     text = ablation.report(result)
     assert "### Held-out classes" in text
-    assert text.count("| without fresh items |") == 4
+    assert text.count("| without fresh items |") == 5
 
 
 def test_variants_that_do_not_apply_are_named(suite_run: SuiteRun, tmp_path: Path) -> None:
@@ -283,8 +284,13 @@ def test_a_variant_that_diverges_leaves_the_others(
         ablation.run(run)
 
 
-def test_the_report_has_a_row_per_variant(toy_suites: ToySuites) -> None:
-    text = ablation.report(toy_suites.result("ablation"))
-    assert text.count("\n| the preset as it is |") == text.count("\n| without L_task |") == 1
+def test_the_report_has_a_row_per_variant_and_split(toy_suites: ToySuites) -> None:
+    result = toy_suites.result("ablation")
+    text = ablation.report(result)
+    assert text.count("\n| the preset as it is |") == text.count("\n| without L_task |") == 2
+    assert text.index("### Seen combinations") < text.index("### Unseen combinations")
+    without = ablation.report(result | {"splits": {"unseen": result["splits"]["unseen"]}})  # as older results are
+    assert "### Seen combinations" not in without
+    assert without.count("\n| without L_task |") == 1
     assert "5 tasks" in text
     assert "0.005 minutes" in text

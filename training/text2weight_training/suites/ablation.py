@@ -1,8 +1,8 @@
 """What each part of the method is worth, after T2W's Table 2 (arXiv 2508.13633).
 
 Every variant of variants.py is fitted on the run's own zoo for the same wall time, from several seeds, and measured on
-unseen tasks and, where the zoo has them, on the harder splits. Equal time means unequal numbers of steps, which are
-reported: a part that slows the steps has to be worth it.
+seen and unseen tasks and, where the zoo has them, on the harder splits. Equal time means unequal numbers of steps,
+which are reported: a part that slows the steps has to be worth it.
 
 A fit lives under `out`/ablation/VARIANT-SEED and is made once: an interrupted one goes on, a finished one is only read.
 Letters: M tasks, S seeds.
@@ -120,9 +120,9 @@ def _choose_variants(preset: Preset, seeds: list[int]) -> tuple[dict[str, list[V
 
 
 def _choose_tasks(run: SuiteRun) -> dict[str, list[Task]]:
-    """The first tasks of every split that is not the training's own."""
+    """The first tasks of every split that the zoo has."""
     count = run.preset.suites.ablation.tasks
-    tasks = {name: list(getattr(run.zoo.split, name)[:count]) for name in SPLITS if name != "seen"}
+    tasks = {name: list(getattr(run.zoo.split, name)[:count]) for name in SPLITS}
     return {name: chosen for name, chosen in tasks.items() if chosen}
 
 
