@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -99,10 +100,9 @@ def plan_work(model: Model, job: Job) -> Work:
     """
     prompts = tuple(model.prompts(job.classes, job.template))
     sampler, steps = model.resolve_sampling(job.sampler, job.steps)
-    unknown = torch.empty(len(prompts), model.text_encoder.embedding_dim)  # (K, D) only its shape is read
     request = GenerationRequest(
         job.classes,
-        unknown,
+        _unknown(len(prompts), model.text_encoder.embedding_dim),  # (K, D)
         job.seed,
         steps,
         sampler,
@@ -118,6 +118,12 @@ def plan_work(model: Model, job: Job) -> Work:
     texts = dict.fromkeys([*prompts, *(text for own in described for text in own)])
     calls = min(steps, start_timestep(model.config.schedule, job.strength, job.method))
     return Work(job, prompts, tuple(texts), request, calls, _hash(model, job, prompts, request))
+
+
+@lru_cache
+def _unknown(classes: int, dim: int) -> Tensor:
+    """In place of embeddings (K, D) that are not there yet: only its shape is read."""
+    return torch.empty(()).expand(classes, dim)
 
 
 def _hash(model: Model, job: Job, prompts: Sequence[str], request: GenerationRequest) -> str:

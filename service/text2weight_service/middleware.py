@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import time
-import uuid
 from collections.abc import Collection
 
 import structlog
@@ -196,5 +196,5 @@ def _too_large(limit: int) -> ProblemError:
 
 
 def _request_id(given: str | None) -> str:
-    """The client's id when it is safe to log and to echo, else a new one."""
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    """The client's id when it is safe to log and to echo, else a new one, which need not be hard to guess."""
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
