@@ -22,6 +22,7 @@ BENCHMARKS = {
     "http_overhead": True,
     "sampler_cost": True,
     "traced_call": True,
+    "device_rate": True,
     "zoo_rate": False,
 }
 EXIT_FAILED = 1

@@ -45,7 +45,7 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
     networks = {"plain": network, "traced": TracedDenoiser(network)}
     cases: dict[str, dict[str, object]] = {}
     for rows in ROWS:
-        inputs = _inputs(loaded, rows)
+        inputs = network_inputs(loaded, rows)
         cases[f"{rows} alone"] = _compare(networks, inputs, sizes.alone)
         with _busy_thread():
             cases[f"{rows} beside"] = _compare(networks, inputs, sizes.beside)
@@ -57,7 +57,8 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
     }
 
 
-def _inputs(checkpoint: Checkpoint, rows: int) -> tuple[Tensor, Tensor, Condition]:
+def network_inputs(checkpoint: Checkpoint, rows: int) -> tuple[Tensor, Tensor, Condition]:
+    """What a checkpoint's network takes, for a call of so many rows, on the CPU: noise, last timesteps, conditions."""
     config = checkpoint.config
     source = torch.Generator().manual_seed(rows)
     texts = torch.randn(rows, CLASSES_PER_REQUEST, config.denoiser.embedding_dim, generator=source)  # (R, K, D)

@@ -11,8 +11,10 @@ from typing import Any
 import open_clip
 import pytest
 from safetensors.torch import save_file
+from torch import nn
 
 from bench import (
+    device_rate,
     faults,
     http_overhead,
     latency,
@@ -28,7 +30,7 @@ from bench import (
 from tests.patience import PROCESS_S
 from tests.tiny import TINY_DIM, TINY_NAMES, save_tiny_checkpoint
 from text2weight import checkpoint as checkpoint_module
-from text2weight.checkpoint import TextEncoderConfig
+from text2weight.checkpoint import TextEncoderConfig, load_checkpoint
 from text2weight.denoiser import DenoiserConfig
 from text2weight.diffusion import NoiseSchedule
 from text2weight.errors import CheckpointError
@@ -43,6 +45,7 @@ TINY_SIZES = {
         ddpm_steps=3, repeats=2, warmup=1, denoiser=DenoiserConfig(tokens="chunk", width=16, depth=1, heads=2)
     ),
     "traced_call": traced_call.Sizes(alone=2, beside=1),
+    "device_rate": device_rate.Sizes(2, 2, 1, 64, 64, ways=(("mean", 1), ("ddim", 3), ("ddpm", 101))),
     "zoo_rate": zoo_rate.Sizes(heads=3, steps=2, features_per_class=2, repeats=2, warmup=1),
 }
 
@@ -152,6 +155,31 @@ def test_traced_call(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert result["ratio"] == result["cases"]["32 beside"]["ratio"]
 
 
+def test_device_rate(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured("device_rate", model, monkeypatch, capsys)
+    assert list(result["rates"]) == ["mean/1", "ddim/3", "ddpm/101"]
+    for name, rate in result["rates"].items():
+        calls = rate["heads_per_s"] * int(name.partition("/")[2])
+        share = calls * result["gflops_per_row"] / (1000 * result["peak_tflops"])
+        assert rate["share_of_peak"] == pytest.approx(share, rel=1e-2)
+        assert rate["latency_ms"] > 0
+    assert result["ratio"] == pytest.approx(
+        result["call_ms"]["plain"]["median"] / result["call_ms"]["served"]["median"], rel=1e-2
+    )
+    assert result["memory_mb"] > 100
+
+
+def test_device_rate_takes_the_steps_that_were_asked_for() -> None:
+    assert [steps for _, steps in device_rate.FULL.ways] == [1, 4, 20, 1000]
+
+
+def test_operations_of_the_network_are_counted(model: Path) -> None:
+    """A row's linear layers alone take two operations for each of their weights."""
+    network = load_checkpoint(model).denoiser
+    weights = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
+    assert device_rate._flops_per_row(model) > 2 * weights
+
+
 def test_zoo_rate(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     result = measured("zoo_rate", model, monkeypatch, capsys)
     assert result["heads"] == 3
@@ -197,7 +225,7 @@ def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         run.main(["speed"])
     assert (
-        "choose among latency, throughput, mixed_load, http_overhead, sampler_cost, traced_call, zoo_rate"
+        "choose among latency, throughput, mixed_load, http_overhead, sampler_cost, traced_call, device_rate, zoo_rate"
         in capsys.readouterr().err
     )
 
