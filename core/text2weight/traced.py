@@ -5,6 +5,10 @@ takes it back, and where another thread runs Python, such as a server's event lo
 5 ms, a call in all more than ten times as long as alone. A trace takes the lock once. It is the same operations, so the
 same bits, and a call of one row takes two thirds of the time (docs/architecture.md).
 
+A call of many rows is made in equal parts, each on a thread of its own. Where all threads share each operation, they
+wait for one another at its end, hundreds of times in a call, and whoever takes a processor from one of them for a while
+holds up all.
+
 torch calls its traces deprecated and does not support them from Python 3.14 on; what it offers in their place needs a
 compiler on the machine (torch.compile), or runs in the interpreter (torch.export).
 """
@@ -12,11 +16,15 @@ compiler on the machine (torch.compile), or runs in the interpreter (torch.expor
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor, nn
 
 from text2weight.condition import Condition, GivenHeads
+
+# A part of fewer rows takes nearly as long as one of so many.
+ROWS_OF_A_PART = 4
 
 
 class TracedDenoiser:
@@ -26,18 +34,57 @@ class TracedDenoiser:
         """Wrap a denoiser whose parameters stay as they are."""
         self._call = _Call(denoiser)
         self._traces: dict[int, torch.jit.ScriptModule] = {}  # by number of inputs: with given heads or without
+        self._lanes: ThreadPoolExecutor | None = None
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions."""
+        """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions.
+
+        A row's bits depend on how many rows there are and on torch's number of threads, and not on its place.
+        """
         inputs = flatten_call(noisy, timesteps, condition)
+        trace = self._trace(inputs)
+        threads = torch.get_num_threads()
+        parts = count_parts(len(noisy), threads)
+        if parts == 1:
+            output: Tensor = trace(*inputs)
+            return output
+        return self._in_parts(trace, inputs, parts, threads)
+
+    def _in_parts(self, trace: torch.jit.ScriptModule, inputs: tuple[Tensor, ...], parts: int, threads: int) -> Tensor:
+        """Call a trace for equal parts of the rows at once, with equal shares of the threads."""
+        if self._lanes is None:
+            self._lanes = ThreadPoolExecutor(threads, "t2w-lane")
+        inference, share = torch.is_inference_mode_enabled(), threads // parts
+
+        def run(part: tuple[Tensor, ...]) -> Tensor:
+            if torch.get_num_threads() != share:
+                torch.set_num_threads(share)  # of this lane
+            with torch.inference_mode(inference):
+                output: Tensor = trace(*part)
+            return output
+
+        rows = zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)
+        lanes = [self._lanes.submit(run, part) for part in rows]
+        wait(lanes)
+        torch.set_num_threads(threads)  # what a lane has set is also what new threads begin with
+        return torch.cat([lane.result() for lane in lanes])  # (R, P)
+
+    def _trace(self, inputs: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
         trace = self._traces.get(len(inputs))
         if trace is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # that traces are deprecated
                 # Without the check, which runs the network twice more; the tests compare.
                 trace = self._traces[len(inputs)] = torch.jit.trace(self._call, inputs, check_trace=False)
-        output: Tensor = trace(*inputs)
-        return output
+        return trace
+
+
+def count_parts(rows: int, threads: int) -> int:
+    """In how many equal parts a call is made at once: a power of two, no more than there are threads."""
+    parts = 1
+    while 2 * parts <= threads and rows % (2 * parts) == 0 and rows // (2 * parts) >= ROWS_OF_A_PART:
+        parts *= 2
+    return parts
 
 
 class _Call(nn.Module):

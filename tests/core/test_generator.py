@@ -259,7 +259,7 @@ class TestRefusals:
             ({"sampler": ""}, "sampler"),
             ({"classes": ["apple"]}, "classes"),
             ({"classes": ["apple", "no such thing"]}, "classes"),
-            ({"classes": ["apple", "Apple"]}, "classes"),
+            ({"classes": ["apple", "Apple"]}, "classes[1]"),
         ],
     )
     def test_what_cannot_be_computed_is_refused(
