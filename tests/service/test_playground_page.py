@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image, ImageStat
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from tests.patience import PATIENCE_S, PROCESS_S
+from tests.patience import HELD_S, PATIENCE_S, PROCESS_S
 from tests.service.backbones import encoded, picture
 from tests.service.heads import same_head
 from tests.service.live import Live, serve
@@ -30,7 +30,9 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Live]:
-    with serve(load_model) as running:
+    with serve(
+        load_model, request_timeout_s=HELD_S
+    ) as running:  # a thousand steps are let in however busy the machine is
         yield running
 
 
