@@ -30,9 +30,8 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Live]:
-    with serve(
-        load_model, request_timeout_s=HELD_S
-    ) as running:  # a thousand steps are let in however busy the machine is
+    # A thousand steps are let in, however busy the machine is.
+    with serve(load_model, request_timeout_s=HELD_S) as running:
         yield running
 
 
