@@ -209,7 +209,9 @@ class InitSettings(SuiteSettings):
     tasks: PositiveInt = 30
     seeds: PositiveInt = 5
     samplers: tuple[SamplerSteps, ...] = Field(default=(("mean", 1),), min_length=1)
-    learning_rates: tuple[PositiveFloat, ...] = Field(default=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), min_length=1)
+    learning_rates: tuple[PositiveFloat, ...] = Field(
+        default=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), min_length=1
+    )
     tuning_tasks: PositiveInt = 10
     tuning_seeds: PositiveInt = 1
     steps: tuple[NonNegativeInt, ...] = (0, 1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 400, 500, 600)
