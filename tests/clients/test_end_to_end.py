@@ -77,7 +77,7 @@ def test_both_clients_get_the_same_head(client: Client, live_url: str) -> None:
 def test_refusal_names_the_field(client: Client) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         client.generate(["apple", "Apple"])
-    assert (caught.value.kind, caught.value.errors[0]["field"]) == ("invalid-input", "classes")
+    assert (caught.value.kind, caught.value.errors[0]["field"]) == ("invalid-input", "classes[1]")
     assert caught.value.request_id
 
 
