@@ -31,10 +31,10 @@ class TracedDenoiser:
     """Calls a denoiser through a trace that the first call records. Belongs to one thread at a time."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        """Wrap a denoiser whose parameters stay as they are."""
+        """Wrap a denoiser whose parameters stay as they are, and ask for no gradients."""
         self._call = _Call(denoiser)
         self._traces: dict[int, torch.jit.ScriptModule] = {}  # by number of inputs: with given heads or without
-        self._lanes: ThreadPoolExecutor | None = None
+        self._lanes: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by number of parts and each one's threads
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions.
@@ -52,22 +52,25 @@ class TracedDenoiser:
 
     def _in_parts(self, trace: torch.jit.ScriptModule, inputs: tuple[Tensor, ...], parts: int, threads: int) -> Tensor:
         """Call a trace for equal parts of the rows at once, with equal shares of the threads."""
-        if self._lanes is None:
-            self._lanes = ThreadPoolExecutor(threads, "t2w-lane")
-        inference, share = torch.is_inference_mode_enabled(), threads // parts
+        share = threads // parts
+        lanes = self._lanes.get((parts, share))
+        if lanes is None:
+            lanes = ThreadPoolExecutor(parts, "t2w-lane", torch.set_num_threads, (share,))
+            self._lanes[parts, share] = lanes
+        inference = torch.is_inference_mode_enabled()
 
         def run(part: tuple[Tensor, ...]) -> Tensor:
-            if torch.get_num_threads() != share:
-                torch.set_num_threads(share)  # of this lane
             with torch.inference_mode(inference):
                 output: Tensor = trace(*part)
             return output
 
         rows = zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)
-        lanes = [self._lanes.submit(run, part) for part in rows]
-        wait(lanes)
-        torch.set_num_threads(threads)  # what a lane has set is also what new threads begin with
-        return torch.cat([lane.result() for lane in lanes])  # (R, P)
+        try:
+            outputs = [lanes.submit(run, part) for part in rows]
+            wait(outputs)
+        finally:
+            torch.set_num_threads(threads)  # what a lane sets at its start is also what new threads begin with
+        return torch.cat([output.result() for output in outputs])  # (R, P)
 
     def _trace(self, inputs: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
         trace = self._traces.get(len(inputs))

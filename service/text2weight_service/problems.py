@@ -129,8 +129,8 @@ def invalid_fields(errors: Sequence[FieldError]) -> ProblemError:
         FieldError(field=_shorten(error.field, 100), message=_shorten(error.message))
         for error in list(errors)[:_MOST_ERRORS]
     ]
-    # Many messages begin with their field.
-    named = [e.message if e.message.startswith(e.field) else f"{e.field}: {e.message}" for e in shown]
+    # Many messages begin with their field: "steps is 0: ...".
+    named = [e.message if e.message.startswith(f"{e.field} ") else f"{e.field}: {e.message}" for e in shown]
     return ProblemError(Kind.INVALID_INPUT, "; ".join(named), errors=shown)
 
 
@@ -140,13 +140,15 @@ def invalid_body(error: ValidationError, model: type[BaseModel]) -> ProblemError
     for entry in error.errors(include_url=False, include_context=False):
         if entry["type"] == "json_invalid":
             return ProblemError(Kind.MALFORMED_JSON, entry["msg"])
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"]).lstrip(".")
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in entry["loc"])
+        path = place.lstrip(".") or "body"
         message = entry["msg"]
         if entry["type"] == "extra_forbidden":
-            message = f"unknown field; allowed are {', '.join(_model_at(model, entry['loc'][:-1]).model_fields)}"
+            allowed = ", ".join(_model_at(model, entry["loc"][:-1]).model_fields)
+            message = f"{path[:_LONGEST_VALUE]} is no field here; allowed are {allowed}"
         elif entry["type"] != "missing" and (shown := _scalar(entry["input"])) is not None:
             message = f"{path} is {shown}: {message}"
-        fields.append(FieldError(field=path or "body", message=message))
+        fields.append(FieldError(field=path, message=message))
     return invalid_fields(fields)
 
 
@@ -192,7 +194,7 @@ def to_problem(error: Exception) -> ProblemError:
                 headers={"Retry-After": str(error.retry_after_s)},
             )
         case HopelessError():
-            return ProblemError(Kind.DEADLINE, f"{error}; ask for fewer steps or give a later deadline_ms")
+            return ProblemError(Kind.DEADLINE, f"{error}; ask for fewer steps or for more time")
         case DeadlineError():
             return ProblemError(
                 Kind.DEADLINE,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from text2weight_service.job import Work
 
-# Texts in one turn of the text encoder, of all items and of one: an item waits neither for those of a hundred others
-# nor for the thousands that another one may have.
+# Texts in one turn of the text encoder, of all items, after which no further one is taken, and of one: an item waits
+# neither for those of a hundred others nor for the thousands that another one may have.
 _TEXTS_TOGETHER = 64
 _TEXTS_OF_ONE = 16
 

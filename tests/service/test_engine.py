@@ -139,7 +139,7 @@ def test_steps_that_cannot_be_made_in_time(model: FakeModel) -> None:
         refused = live.generate("apple", "bus", sampler="ddim", steps=1000, deadline_ms=9000)
     assert refused.status_code == 504
     assert re.fullmatch(
-        r"1000 steps take about 100\.0 s, [89]\.\d s are left; ask for fewer steps or give a later deadline_ms",
+        r"1000 steps take about 100\.0 s, [89]\.\d s are left; ask for fewer steps or for more time",
         refused.json()["detail"],
     )
 
