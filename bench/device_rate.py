@@ -12,26 +12,23 @@ import random
 import resource
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.timing import interleave, significant, summary_ms
-from bench.traced_call import network_inputs
+from bench.timing import significant
+from bench.traced_call import network_inputs, time_calls
 from bench.workload import draw_classes, known_names
-from text2weight.checkpoint import load_checkpoint
+from text2weight.checkpoint import Checkpoint, load_checkpoint
 from text2weight.cuda_graphs import GraphedDenoiser
 from text2weight.generator import GenerationRequest, Generator
 from text2weight.traced import TracedDenoiser
 
-# The most steps come last: they are timed once.
 WAYS = (("mean", 1), ("ddim", 4), ("ddim", 20), ("ddpm", 1000))
-_MANY_STEPS = 100
+_MANY_STEPS = 100  # more are timed once
 _PEAK_RUNS = 5
 
 
@@ -58,7 +55,8 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
     rows, side = (sizes.rows_cuda, sizes.side_cuda) if on_cuda else (sizes.rows_cpu, sizes.side_cpu)
     generator = Generator.load(checkpoint, device=str(device))
     peak = _peak_flops(device, side)
-    flops = _flops_per_row(checkpoint)
+    loaded = load_checkpoint(checkpoint)
+    flops = _flops_per_row(loaded)
     rates = {}
     for sampler, steps in sizes.ways:
         repeats = sizes.repeats if steps <= _MANY_STEPS else 1
@@ -68,7 +66,7 @@ def run(checkpoint: Path, sizes: Sizes) -> dict[str, object]:
             "latency_ms": significant(1000 / _heads_per_s(generator, sampler, steps, 1, repeats)),
             "share_of_peak": significant(together * steps * flops / peak),
         }
-    calls = _compare_calls(checkpoint, device, sizes.repeats)
+    calls = _compare_calls(loaded, device, sizes.repeats)
     return {
         "checkpoint": generator.checkpoint_hash[:12],
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
@@ -114,37 +112,28 @@ def _peak_flops(device: torch.device, side: int) -> float:
     return float(2 * side**3 / min(times[1:]))
 
 
-def _flops_per_row(checkpoint: Path) -> int:
+def _flops_per_row(checkpoint: Checkpoint) -> int:
     """Operations of the network's matrix products and attention for one row of a call."""
-    loaded = load_checkpoint(checkpoint)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        loaded.denoiser(*network_inputs(loaded, 1))
+        checkpoint.denoiser(*network_inputs(checkpoint, 1))
     return int(counter.get_total_flops())
 
 
-def _compare_calls(checkpoint: Path, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
-    loaded = load_checkpoint(checkpoint)
-    network = loaded.denoiser.to(device).requires_grad_(False)
+def _compare_calls(checkpoint: Checkpoint, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+    network = checkpoint.denoiser.to(device).requires_grad_(False)
     served = GraphedDenoiser(network) if device.type == "cuda" else TracedDenoiser(network)
-    noisy, timesteps, condition = network_inputs(loaded, 1)
+    noisy, timesteps, condition = network_inputs(checkpoint, 1)
     inputs = (noisy.to(device), timesteps.to(device), condition.to(device))
-    plain = partial(_plain_call, network, device)
 
-    def call(how: Callable[..., Tensor], _: int) -> None:
-        with torch.inference_mode():
-            how(*inputs)
+    def plain(*inputs: object) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            network(*inputs)
+
+    def finished(call: Callable[..., object], *inputs: object) -> None:
+        call(*inputs)
         _finish(device)
 
-    actions = {"plain": partial(call, plain), "served": partial(call, served)}
-    return {name: summary_ms(spent) for name, spent in interleave(actions, repeats=repeats, warmup=3).items()}
-
-
-def _plain_call(network: nn.Module, device: torch.device, *inputs: object) -> Tensor:
-    on_cuda = device.type == "cuda"
-    precision: AbstractContextManager[object] = torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext()
-    with precision:
-        output: Tensor = network(*inputs)
-    return output
+    return time_calls({"plain": partial(finished, plain), "served": partial(finished, served)}, inputs, repeats)
 
 
 def _finish(device: torch.device) -> None:

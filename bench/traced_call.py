@@ -7,7 +7,7 @@ Alone, and beside a thread that runs Python without rest, as a server's event lo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -67,15 +67,23 @@ def network_inputs(checkpoint: Checkpoint, rows: int) -> tuple[Tensor, Tensor, C
     return noisy, torch.full((rows,), config.schedule.num_timesteps), condition
 
 
-def _compare(
-    networks: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, Tensor, Condition], rounds: int
-) -> dict[str, object]:
-    def call(network: Callable[..., Tensor], _: int) -> None:
+def time_calls(
+    networks: Mapping[str, Callable[..., object]], inputs: tuple[Tensor, Tensor, Condition], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a call of each network with the same inputs, in turns, after three rounds that do not count."""
+
+    def call(network: Callable[..., object], _: int) -> None:
         with torch.inference_mode():
             network(*inputs)
 
     actions = {name: partial(call, network) for name, network in networks.items()}
-    figures = {name: summary_ms(spent) for name, spent in interleave(actions, repeats=rounds, warmup=3).items()}
+    return {name: summary_ms(spent) for name, spent in interleave(actions, repeats=rounds, warmup=3).items()}
+
+
+def _compare(
+    networks: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, Tensor, Condition], rounds: int
+) -> dict[str, object]:
+    figures = time_calls(networks, inputs, rounds)
     ratio = significant(figures["plain"]["median"] / figures["traced"]["median"])
     return {"ratio": ratio, **{f"{name}_ms": figure for name, figure in figures.items()}}
 

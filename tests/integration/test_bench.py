@@ -175,9 +175,9 @@ def test_device_rate_takes_the_steps_that_were_asked_for() -> None:
 
 def test_operations_of_the_network_are_counted(model: Path) -> None:
     """A row's linear layers alone take two operations for each of their weights."""
-    network = load_checkpoint(model).denoiser
-    weights = sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
-    assert device_rate._flops_per_row(model) > 2 * weights
+    loaded = load_checkpoint(model)
+    weights = sum(layer.weight.numel() for layer in loaded.denoiser.modules() if isinstance(layer, nn.Linear))
+    assert device_rate._flops_per_row(loaded) > 2 * weights
 
 
 def test_zoo_rate(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
