@@ -60,6 +60,15 @@ def normalise_class_names(
     return normalised
 
 
+def normalise_tasks(tasks: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """`normalise_class_names` for each of several tasks, which may have one class alone.
+
+    Raises:
+        InvalidInputError: field "tasks[i].classes" or "tasks[i].classes[j]".
+    """
+    return [normalise_class_names(task, minimum=1, field=f"tasks[{i}].classes") for i, task in enumerate(tasks)]
+
+
 def _normalise_name(field: str, name: str) -> str:
     if not isinstance(name, str):
         raise InvalidInputError(field, f"{field} is a {type(name).__name__}: names must be strings")

@@ -29,6 +29,7 @@ from text2weight.condition import (
     condition_of_task,
     emphasis_of_tasks,
     normalise_class_names,
+    normalise_tasks,
     union_of_tasks,
 )
 from text2weight.cuda_graphs import GraphedDenoiser
@@ -261,7 +262,7 @@ class Generator:
         Raises:
             InvalidInputError: `field` says which argument, the message what is allowed.
         """
-        names = [normalise_class_names(task, minimum=1, field=f"tasks[{i}].classes") for i, task in enumerate(tasks)]
+        names = normalise_tasks(tasks)
         emphasis = None if weights is None else emphasis_of_tasks(names, weights)
         request = self._request(union_of_tasks(names), seed, steps, sampler, guidance_scale)
         return self.generate_batch([replace(request, emphasis=emphasis)])[0]

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from text2weight_service.auth import KeyRing, bearer_secret
 from text2weight_service.metrics import Metrics
+from text2weight_service.middleware import path_within
 from text2weight_service.problems import Kind, ProblemError, problem_response
 from text2weight_service.rate_limits import ConcurrencyLimiter, RateLimiter, SharedCounts
 from text2weight_service.redis_budget import request_budget
@@ -82,7 +83,7 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection, as ASGI asks."""
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        path = path_within(scope)
         if scope["type"] != "http" or is_open(path) or (path == "/metrics" and self._access.public_metrics):
             await self._app(scope, receive, send)
             return

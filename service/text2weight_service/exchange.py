@@ -137,18 +137,25 @@ def parse_json(raw: bytes, model: type[Body]) -> Body:
 
 
 def _check_content_type(request: Request) -> None:
+    header = content_type(request)
+    kind, charset = header.get_content_type(), header.get_content_charset("utf-8")
     encoding = request.headers.get("content-encoding", "identity")
-    if not _is_json(request.headers.get("content-type", "")) or encoding != "identity":
+    if kind != _JSON_TYPE or charset not in ("utf-8", "us-ascii") or encoding != "identity":
         raise ProblemError(
             Kind.UNSUPPORTED_TYPE, "send Content-Type: application/json in UTF-8, without Content-Encoding"
         )
 
 
+def content_type(request: Request) -> MailMessage:
+    """The type of a request's body, to be read only."""
+    return _parse_content_type(request.headers.get("content-type", ""))
+
+
 @lru_cache(maxsize=64)  # it is nearly always the same
-def _is_json(content_type: str) -> bool:
+def _parse_content_type(value: str) -> MailMessage:
     header = MailMessage()
-    header["content-type"] = content_type
-    return header.get_content_type() == _JSON_TYPE and header.get_content_charset("utf-8") in ("utf-8", "us-ascii")
+    header["content-type"] = value
+    return header
 
 
 async def while_connected(request: Request, works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:

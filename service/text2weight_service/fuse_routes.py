@@ -16,7 +16,7 @@ from fastapi.responses import Response
 from torch import Tensor
 
 from text2weight.artifact import FORMAT, HeadArtifact, created_by
-from text2weight.condition import MIN_CLASSES, emphasis_of_tasks, normalise_class_names, plain_name, union_of_tasks
+from text2weight.condition import MIN_CLASSES, emphasis_of_tasks, normalise_tasks, plain_name, union_of_tasks
 from text2weight.errors import InvalidInputError
 from text2weight.merging import average, git_rebasin, task_arithmetic, ties
 from text2weight_service.engine import Engine
@@ -94,9 +94,7 @@ async def _answer(
     started = time.perf_counter()
     heads = await uploads.run(partial(_read_heads, model, files), deadline) if files else []
     read = time.perf_counter()
-    tasks = [
-        normalise_class_names(task.classes, minimum=1, field=f"tasks[{i}].classes") for i, task in enumerate(body.tasks)
-    ]
+    tasks = normalise_tasks([task.classes for task in body.tasks])
     classes = _unite(tasks, engine.settings.max_classes)
     _check_heads(body, tasks, heads)
     notes = {"method": body.method, "tasks": _describe_tasks(body, tasks)}

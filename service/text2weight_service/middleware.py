@@ -28,16 +28,17 @@ _CLIENT_CLOSED = 499
 _UPLOAD_ROUTES = frozenset({"/classify", "/enhance", "/fuse"})
 
 
-_STRICT_POLICY = b"default-src 'none'; frame-ancestors 'none'"
-# The interactive documentation comes from a public CDN and starts by a script in the page.
-_DOCS_POLICY = (
-    b"default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net "
-    b"'unsafe-inline'; img-src https://fastapi.tiangolo.com data:; connect-src 'self'; frame-ancestors 'none'"
-)
 _SAFE_HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
     b"cross-origin-resource-policy": b"same-origin",
+    b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
+}
+# The interactive documentation comes from a public CDN and starts by a script in the page.
+_DOCS_HEADERS = _SAFE_HEADERS | {
+    b"content-security-policy": b"default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src "
+    b"https://cdn.jsdelivr.net 'unsafe-inline'; img-src https://fastapi.tiangolo.com data:; connect-src 'self'; "
+    b"frame-ancestors 'none'"
 }
 
 
@@ -56,8 +57,7 @@ class SafeHeadersMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        policy = _DOCS_POLICY if scope["path"] == self._docs_path else _STRICT_POLICY
-        headers = _SAFE_HEADERS | {b"content-security-policy": policy}
+        headers = _DOCS_HEADERS if scope["path"] == self._docs_path else _SAFE_HEADERS
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -122,7 +122,7 @@ class RequestContextMiddleware:
                 self._record(scope, status, time.monotonic() - started_at)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path_within(scope)
         route = getattr(scope.get("route"), "path", path if path in self._paths else "other")
         status = scope["state"].get("outcome", status)
         method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -186,9 +186,14 @@ class BodyLimitMiddleware:
         return ProblemError(Kind.BODY_TIMEOUT, detail, headers={"Connection": "close"})
 
     def _limit_of(self, scope: Scope, content_type: str) -> int:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        takes_files = path in _UPLOAD_ROUTES and content_type.lower().startswith("multipart/form-data")
+        takes_files = path_within(scope) in _UPLOAD_ROUTES and content_type.lower().startswith("multipart/form-data")
         return self._max_upload_bytes if takes_files else self._max_body_bytes
+
+
+def path_within(scope: Scope) -> str:
+    """The path of a connection below the application's root; empty for what has none."""
+    path: str = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+    return path
 
 
 def _too_large(limit: int) -> ProblemError:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from email.message import Message as MailMessage
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from text2weight_service.exchange import content_type
 from text2weight_service.problems import FieldError, Kind, ProblemError, invalid_fields
 
 MEDIA_TYPE = "multipart/form-data"
@@ -79,7 +79,7 @@ class _MemoryParser(MultiPartParser):
 
 def is_multipart(request: Request) -> bool:
     """Whether the body claims to be multipart/form-data."""
-    return _content_type(request).get_content_type() == MEDIA_TYPE
+    return content_type(request).get_content_type() == MEDIA_TYPE
 
 
 async def read_parts(request: Request, rules: Mapping[str, PartRule]) -> dict[str, list[Part]]:
@@ -93,7 +93,7 @@ async def read_parts(request: Request, rules: Mapping[str, PartRule]) -> dict[st
         ProblemError: another content type, broken multipart, or a part that is unknown, missing, too large or there
             too often; the problem names the part. One that is too large ends the reading.
     """
-    header = _content_type(request)
+    header = content_type(request)
     if header.get_content_type() != MEDIA_TYPE or header.get_content_charset("utf-8") != "utf-8":
         raise ProblemError(Kind.UNSUPPORTED_TYPE, f"send Content-Type: {MEDIA_TYPE} with a boundary, in UTF-8")
     if request.headers.get("content-encoding", "identity") != "identity":
@@ -146,9 +146,3 @@ def _check_part(name: str, rule: PartRule, parts: list[Part]) -> list[FieldError
         if rule.file and part.filename is None:
             errors.append(FieldError(field=field, message="send this part as a file, with a file name"))
     return errors
-
-
-def _content_type(request: Request) -> MailMessage:
-    header = MailMessage()
-    header["content-type"] = request.headers.get("content-type", "")
-    return header

@@ -33,8 +33,6 @@ _POLICY = {
 _HEADERS = {
     "Cache-Control": "no-cache",  # keep it, but ask whether it is still current
     "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in _POLICY.items()),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 
 

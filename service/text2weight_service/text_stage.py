@@ -112,9 +112,10 @@ class TextStage:
         unknown = [text for text in wanted if text not in rows]
         encoded = encode_texts(self._encoder, unknown, self._call)
         self._memory.put(encoded)
+        rows |= encoded
         spent = time.monotonic() - started_at
         for item in items:
-            item.learn(rows | encoded, encoded, spent)
+            item.learn(rows, encoded, spent)
 
     @contextmanager
     def _call(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -89,7 +90,6 @@ class WorkItem:
         encode_s: time of that, seconds.
         missing: texts that are yet to be embedded.
         calls_left: denoiser calls that are still to be made.
-        guided: whether each of them takes two rows of the network.
     """
 
     work: Work
@@ -104,12 +104,15 @@ class WorkItem:
     encode_s: float = 0.0
     missing: list[str] = field(init=False)
     calls_left: int = field(init=False)
-    guided: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.missing = [text for text in self.work.texts if text not in self.known]
         self.calls_left = self.work.calls
-        self.guided = self.work.request.guidance_scale != 1
+
+    @cached_property  # asked for often: of all items under way for each new one
+    def guided(self) -> bool:
+        """Whether each of its calls takes two rows of the network."""
+        return self.work.request.guidance_scale != 1
 
     @property
     def next_texts(self) -> list[str]:
