@@ -26,31 +26,81 @@ class Connections:
         """Connect to http://HOST:PORT when asked to."""
         address = urlsplit(url)
         self._host, self._port = address.hostname, address.port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[_Connection] = []
 
     async def ask(self, request: bytes) -> int:
         """Send a request and read the whole answer; returns its status."""
         while True:
             reused = bool(self._idle)
-            reader, writer = self._idle.pop() if reused else await asyncio.open_connection(self._host, self._port)
+            connection = self._idle.pop() if reused else await self._connect()
             try:
-                writer.write(request)
-                head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+                status = await connection.ask(request)
                 break
-            except (asyncio.IncompleteReadError, ConnectionError):
-                writer.close()
+            except ConnectionError:
                 if not reused:  # else the server had closed it for being idle, which is no failure
                     raise
-        length = int(head.split("content-length:", 1)[1].split("\r\n", 1)[0])
-        await reader.readexactly(length)
-        if "connection: close" in head:
-            writer.close()
-        else:
-            self._idle.append((reader, writer))
-        return int(head.split(" ", 2)[1])
+        if not connection.transport.is_closing():
+            self._idle.append(connection)
+        return status
 
     async def close(self) -> None:
         """Close all connections."""
-        for _, writer in self._idle:
-            writer.close()
-            await writer.wait_closed()
+        for connection in self._idle:
+            connection.transport.close()
+            await connection.lost.wait()
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(_Connection, self._host, self._port)
+        return connection
+
+
+class _Connection(asyncio.Protocol):
+    """Counts an answer's bytes and keeps none but those of its head."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self.lost = asyncio.Event()
+        self._answer: asyncio.Future[int] | None = None
+
+    async def ask(self, request: bytes) -> int:
+        """Send a request; returns the status when its answer is complete.
+
+        Raises:
+            ConnectionError: the server closed the connection.
+        """
+        if self.transport.is_closing():
+            raise ConnectionResetError
+        self._head, self._missing = b"", 0
+        self._answer = asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self._answer
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._missing:
+            self._missing -= len(data)
+        else:
+            self._head += data
+            end = self._head.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = self._head[: end + 2].lower()
+            length = int(head.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0])
+            self._missing = length - (len(self._head) - end - 4)
+            self._status = int(head[9:12])
+            self._closes = b"\r\nconnection: close\r\n" in head
+        if self._missing == 0 and self._answer is not None:
+            if self._closes:
+                self.transport.close()
+            self._answer.set_result(self._status)
+            self._answer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost.set()
+        if self._answer is not None:
+            self._answer.set_exception(exc if isinstance(exc, ConnectionError) else ConnectionResetError())
+            self._answer = None

@@ -79,7 +79,7 @@ def _normalise_name(field: str, name: str) -> str:
         raise InvalidInputError(field, f"{field} holds control characters: remove them")
     words = plain_name(name)
     # Format characters (zero-width space, direction marks) are part of many names, but no name by themselves.
-    if all(char == " " or unicodedata.category(char) == "Cf" for char in words):
+    if not (words and words.isprintable()) and all(char == " " or unicodedata.category(char) == "Cf" for char in words):
         raise InvalidInputError(field, f"{field} is empty: give it a name")
     return words
 

@@ -98,7 +98,7 @@ class EmbeddingCache:
     def __init__(self, memory: MemoryCache, shared: SharedEmbeddings | None, metrics: Metrics) -> None:
         self._memory = memory
         self._shared = shared
-        self._lookups = metrics.cache_lookups
+        self._hits, self._misses = (metrics.cache_lookups.labels("memory", result) for result in ("hit", "miss"))
         self._in_flight: dict[str, asyncio.Task[dict[str, Tensor]]] = {}
 
     async def lookup(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -109,8 +109,8 @@ class EmbeddingCache:
         """
         found = self._memory.get(prompts)
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        self._lookups.labels("memory", "hit").inc(len(found))
-        self._lookups.labels("memory", "miss").inc(len(unknown))
+        self._hits.inc(len(found))
+        self._misses.inc(len(unknown))
         if self._shared is None or not unknown or budget_is_over():
             return found
         nobody_asked = [prompt for prompt in unknown if prompt not in self._in_flight]

@@ -30,5 +30,5 @@ async def generate(request: Request) -> Response:
     body = await read_json(request, GenerateRequest)
     job = generation_job(request, engine, body)
     check_seeds(job.seed, body.samples)
-    jobs = [replace(job, seed=job.seed + i) for i in range(body.samples)]
+    jobs = [job, *(replace(job, seed=job.seed + i) for i in range(1, body.samples))]
     return await answer_with_heads(request, engine, jobs, body.precision)

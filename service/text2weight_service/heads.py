@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic_core import to_json
 
 from text2weight.artifact import Precision, read_head, stack_to_bytes
 from text2weight.condition import normalise_class_names
@@ -184,7 +185,7 @@ def text_warnings(
 
 def entity_tag(*parts: object) -> str:
     """A strong entity tag of all that an answer follows from."""
-    return f'"{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"'
+    return f'"{hashlib.sha256(to_json(parts)).hexdigest()}"'
 
 
 def client_has(request: Request, tag: str) -> bool:

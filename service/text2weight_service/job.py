@@ -6,12 +6,12 @@ Letters: K classes, D embedding size, P numbers in one head.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from pydantic_core import to_json
 from torch import Tensor
 
 from text2weight.artifact import created_by
@@ -138,14 +138,14 @@ def _hash(model: Model, job: Job, prompts: Sequence[str], request: GenerationReq
         request.steps,
         request.sampler,
         job.guidance_scale,
-        job.descriptions,
+        None if job.descriptions is None else sorted(job.descriptions.items()),
         job.describe_classifier,
         None if job.emphasis is None else job.emphasis.tolist(),
         None if job.given is None else hashlib.sha256(job.given.numpy().tobytes()).hexdigest(),
         None if job.given is None else (job.strength, job.method),
     ]
     # JSON says where a part ends: no two different lists give the same text.
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(parts)).hexdigest()
 
 
 class _KnownTexts:

@@ -73,7 +73,7 @@ class Metrics:
         )
         self.connections_cut = Counter(
             "t2w_connections_cut_total",
-            "Connections ended by the worker: slow headers, unread answers, too-many connections.",
+            "Connections ended by the worker: slow headers, unread answers, pipelined requests, too-many connections.",
             ["reason"],
             registry=registry,
         )

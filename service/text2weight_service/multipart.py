@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from text2weight_service.exchange import content_type
+from text2weight_service.exchange import media_type
 from text2weight_service.problems import FieldError, Kind, ProblemError, invalid_fields
 
 MEDIA_TYPE = "multipart/form-data"
@@ -79,7 +79,7 @@ class _MemoryParser(MultiPartParser):
 
 def is_multipart(request: Request) -> bool:
     """Whether the body claims to be multipart/form-data."""
-    return content_type(request).get_content_type() == MEDIA_TYPE
+    return media_type(request)[0] == MEDIA_TYPE
 
 
 async def read_parts(request: Request, rules: Mapping[str, PartRule]) -> dict[str, list[Part]]:
@@ -93,8 +93,7 @@ async def read_parts(request: Request, rules: Mapping[str, PartRule]) -> dict[st
         ProblemError: another content type, broken multipart, or a part that is unknown, missing, too large or there
             too often; the problem names the part. One that is too large ends the reading.
     """
-    header = content_type(request)
-    if header.get_content_type() != MEDIA_TYPE or header.get_content_charset("utf-8") != "utf-8":
+    if media_type(request) != (MEDIA_TYPE, "utf-8"):
         raise ProblemError(Kind.UNSUPPORTED_TYPE, f"send Content-Type: {MEDIA_TYPE} with a boundary, in UTF-8")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ProblemError(Kind.UNSUPPORTED_TYPE, "send the body without Content-Encoding")

@@ -112,7 +112,8 @@ def test_labels_are_bounded(live: Live) -> None:
     """Nothing that a client invents becomes a label."""
     for i in range(20):
         live.client.get(f"/random/{i}")
-        live.client.request(f"VERB{i}", "/generate")
+        assert live.client.request(f"VERB{i}", "/generate").status_code == 400  # no HTTP, so no request
+        live.client.request("PROPFIND", "/generate")
         live.client.get("/health/live", headers={"X-Request-ID": f"id-{i}"})
     labels = re.findall(r"^t2w_http_requests_total\{(.*)\}", live.client.get("/metrics").text, re.MULTILINE)
     assert 'method="GET",route="other",status="404"' in labels

@@ -1,6 +1,7 @@
 """Clients that send slowly, read slowly, say nothing or come in masses, on raw sockets; others are served meanwhile."""
 
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -140,19 +141,48 @@ def test_idle_connections_live_as_long_as_documented() -> None:
 
 
 def test_a_client_that_does_not_read(guarded: Live) -> None:
-    """Pipelined requests whose answers nobody takes end the connection, and the memory for them."""
-    info = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n"
+    """Answers that nobody takes end the connection, and the memory for them."""
+    large = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
     with connected(guarded, receive_buffer=1024) as connection:
-        connection.settimeout(0.2)
-        started_at = time.monotonic()
-        with pytest.raises(ConnectionError):  # noqa: PT012
-            while time.monotonic() - started_at < PATIENCE_S:
-                try:
-                    connection.sendall(info * 200)
-                except TimeoutError:
-                    continue
+        while not any(one.transport.get_write_buffer_size() for one in guarded.server.server_state.connections):
+            connection.sendall(large * 8)  # until the system takes no more for the client
+            time.sleep(0.1)
+        wait_for(lambda: guarded.metric("t2w_connections_cut_total", reason="unread") == 1, "the cut")
+        until_closed(connection)
     assert served(guarded)
-    assert guarded.metric("t2w_connections_cut_total", reason="unread") == 1
+
+
+def test_leaving_with_pipelined_requests() -> None:
+    """The request that is being computed learns of it, too, and not only the last one."""
+    model = FakeModel()
+    body = json.dumps({"classes": ["apple", "bus"]}).encode()
+    with serve(lambda _: model) as live:
+        model.gate.clear()
+        with connected(live) as connection:
+            connection.sendall((POST % len(body) + body) * 2)
+            wait_for(
+                lambda: live.metric("t2w_client_requests_total", client="(anonymous)", result="accepted") == 1, "x"
+            )
+        wait_for(
+            lambda: live.metric("t2w_http_requests_total", method="POST", route="/generate", status="499") >= 1, "it"
+        )
+        model.gate.set()
+
+
+def test_pipelined_requests(guarded: Live) -> None:
+    """A few are answered in their order; more than a few end the connection before they are taken into memory."""
+    paths = [b"/health/live", b"/nowhere"] * 8
+    with connected(guarded) as connection:
+        connection.sendall(b"".join(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in paths))
+        answers = b""
+        while answers.count(b"HTTP/1.1 ") < len(paths):
+            answers += connection.recv(65536)
+        assert re.findall(rb"HTTP/1.1 (\d+)", answers) == [b"200", b"404"] * 8
+    with connected(guarded) as connection, pytest.raises(ConnectionError):  # noqa: PT012
+        for _ in range(1000):
+            connection.sendall(GET * 1000)
+    assert served(guarded)
+    assert guarded.metric("t2w_connections_cut_total", reason="pipelined") == 1
 
 
 def test_a_long_request_is_not_cut() -> None:
@@ -168,11 +198,59 @@ def test_a_long_request_is_not_cut() -> None:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
-def test_large_headers(guarded: Live) -> None:
+@pytest.mark.parametrize("first", [True, False], ids=["first request", "second request"])
+@pytest.mark.parametrize("filler", [b"X-Large: " + b"a" * 40_000, b"X-A: b\r\n" * 5_000], ids=["one", "many"])
+def test_large_headers(guarded: Live, first: bool, filler: bytes) -> None:
     with connected(guarded) as connection:
-        connection.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\nX-Large: " + b"a" * 40_000)
+        assert first or alive(connection)
+        connection.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\n" + filler)
         assert until_closed(connection).startswith(b"HTTP/1.1 400 ")
     assert served(guarded)
+
+
+def test_large_headers_in_pieces(guarded: Live) -> None:
+    """A limit of the whole, not of what comes at once."""
+    with connected(guarded) as connection:
+        connection.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\n")
+        with pytest.raises(ConnectionError):  # noqa: PT012
+            for _ in range(100):
+                connection.sendall(b"X-A: " + b"b" * 993 + b"\r\n")
+                time.sleep(0.01)
+    with connected(guarded) as connection:  # and large ones below the limit are taken
+        connection.sendall(GET.removesuffix(b"\r\n") + b"".join(b"X-A: " + b"b" * 993 + b"\r\n" for _ in range(14)))
+        connection.sendall(b"\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+    assert served(guarded)
+
+
+def test_a_body_before_large_headers(guarded: Live) -> None:
+    """Bytes of a body do not count as the headers that begin in the same piece."""
+    body = json.dumps({"classes": ["apple", "bus"]}).encode() + b" " * 30_000
+    with connected(guarded) as connection:
+        connection.sendall(POST % len(body) + body[:100])
+        time.sleep(0.1)
+        connection.sendall(body[100:] + GET[:-4])
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(GET[-4:])
+        answer = b""
+        while b'{"status":"alive"}' not in answer:
+            data = connection.recv(65536)
+            assert data
+            answer += data
+
+
+def test_an_upgrade_that_is_offered_is_not_taken(guarded: Live) -> None:
+    """Some clients offer HTTP/2 with their first request; the body that follows is read all the same."""
+    body = json.dumps({"classes": ["apple", "bus"]}).encode()
+    offer = b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQBAAAA\r\n\r\n"
+    with connected(guarded) as connection:
+        connection.sendall((POST % len(body)).removesuffix(b"\r\n\r\n") + offer + body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    with connected(guarded) as connection:  # the body in a piece of its own
+        connection.sendall((POST % len(body)).removesuffix(b"\r\n\r\n") + offer)
+        time.sleep(0.1)
+        connection.sendall(body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT", POST % 1000 + b"{"], ids=["nothing", "half headers", "half body"])
