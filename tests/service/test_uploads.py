@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from starlette.requests import Request
 
 from tests.patience import HELD_S, PATIENCE_S
 from tests.service.fakes import FakeModel
@@ -21,7 +22,8 @@ from tests.service.forms import a_head, post
 from tests.service.live import Live, serve, wait_for
 from tests.service.test_bad_input import assert_problem
 from text2weight_service import fuse_routes
-from text2weight_service.uploads import LARGEST_AT_ONCE, run_in_time
+from text2weight_service.engine import BusyError
+from text2weight_service.uploads import LARGEST_AT_ONCE, Uploads, run_in_time
 from text2weight_service.work_queue import DeadlineError
 
 HEAD = a_head("apple", "bus").to_bytes()
@@ -66,16 +68,33 @@ def test_uploads_under_way_are_bounded(model: FakeModel, path: str, queue_size: 
         wait_for(lambda: upload().status_code == 200, "room again")
 
 
-def test_a_length_beside_chunks_is_refused(model: FakeModel) -> None:
-    """Proxies and servers differ in which of the two they believe."""
-    start = START.replace(b"Content-Length: %d", b"Content-Length: %d\r\nTransfer-Encoding: chunked")
-    head, _, part = (start % (b"/enhance", 1)).partition(b"\r\n\r\n")
+@pytest.mark.parametrize("beside", [b"", b"Content-Length: 1\r\n"], ids=["chunks", "chunks and a length"])
+def test_uploads_in_chunks(model: FakeModel, beside: bytes) -> None:
+    """They hold as much room as the largest; a length beside the chunks is refused, as proxies differ in reading it."""
+    start = START.replace(b"Content-Length: %d\r\n", beside + b"Transfer-Encoding: chunked\r\n")
+    head, _, part = (start % b"/enhance").partition(b"\r\n\r\n")
     with (
         serve(lambda _: model, max_upload_bytes=MAX_UPLOAD_BYTES) as live,
-        socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE_S) as connection,
+        ExitStack() as open_ones,
     ):
-        connection.sendall(b"%s\r\n\r\n%x\r\n%s\r\n" % (head, len(part), part))
-        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+        for _ in range(LARGEST_AT_ONCE):
+            one = open_ones.enter_context(socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE_S))
+            one.sendall(b"%s\r\n\r\n%x\r\n%s\r\n" % (head, len(part), part))
+            assert not beside or one.recv(4096).startswith(b"HTTP/1.1 400 ")
+        full = 200 if beside else 429
+        wait_for(lambda: post(live.client, "/enhance", {"strength": 0.5}, HEAD).status_code == full, "a full house")
+
+
+def test_a_length_beside_chunks_is_not_believed() -> None:
+    """Where another server than ours took such a request."""
+    both = [(b"content-length", b"1"), (b"transfer-encoding", b"chunked")]
+    request = Request({"type": "http", "headers": both})
+    uploads = Uploads(MAX_UPLOAD_BYTES, 256)
+    with ExitStack() as places:
+        for _ in range(LARGEST_AT_ONCE):
+            places.enter_context(uploads.place(request))
+        with pytest.raises(BusyError):
+            places.enter_context(uploads.place(request))
 
 
 async def test_work_that_was_not_begun_in_time_is_let_go() -> None:
