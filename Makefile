@@ -36,9 +36,10 @@ demo: $(STAMP) ## run the main job end to end on real pictures, into out/demo (o
 	@echo "==> demo"
 	@$(BIN)/python demo/run_demo.py $(DEMO_ARGS)
 
+# All tests are run by two processes, with one thread each: with more they would wait for each other.
 test: $(STAMP) ## run the tests (options: TEST_ARGS="tests/core -k sampler")
 	@echo "==> pytest"
-	@$(BIN)/pytest -q $(TEST_ARGS)
+	@$(if $(TEST_ARGS),$(BIN)/pytest -q $(TEST_ARGS),OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile)
 
 lint: $(STAMP) ## check style, formatting, types, secrets and dependencies
 	@echo "==> ruff"

@@ -187,7 +187,7 @@ UNUSABLE = ["alice", ALICE, f"alice:{ALICE}", f"alice:{HASH[1:]}", f":{HASH}", f
 UNUSABLE += [f"{'x' * 33}:{HASH}", f"alice:{'A' * 64}", f"a\x1b[31m:{HASH}"]
 
 
-@pytest.mark.parametrize("entry", UNUSABLE)
+@pytest.mark.parametrize("entry", UNUSABLE, ids=range(len(UNUSABLE)))  # a key is a new one each time
 def test_unusable_entries(entry: str) -> None:
     with pytest.raises(KeysError, match="entry 2 is not NAME:SHA256") as caught:
         parse_keys(f"{BOB_ENTRY}\n{entry}", "the keys")
