@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -29,17 +31,23 @@ from text2weight_service.tracing import end_traces, exporting_provider
 
 # The model's files, Redis, and what libraries keep open.
 _OTHER_FILES = 256
+# For how long a worker without a model that answers goes on: longer than an orchestrator needs to see it by itself.
+MOST_FAILED_S = 60.0
 
 log = structlog.get_logger(__name__)
 
 
 class DrainingServer(uvicorn.Server):
-    """From the signal on answers new requests with 503, and ends when those before it are answered."""
+    """From the signal on answers new requests with 503, and ends when those before it are answered.
+
+    It also ends a process whose model does not come back, for whoever restarts programs that have ended.
+    """
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
         self._engine = engine
         self._accepted: set[asyncio.Task[None]] | None = None
+        self._failed_since: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """React to SIGTERM and SIGINT; a second signal ends the wait."""
@@ -56,7 +64,18 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = left_s <= 0 or all(task.done() for task in self._accepted)
             # What is still open then: answers that clients are slow to read.
             self.config.timeout_graceful_shutdown = max(1, math.ceil(left_s))
+        elif self._engine.failure is None:  # else `run_server` ends in order
+            self._watch_for_failure()
         return await super().on_tick(counter)
+
+    def _watch_for_failure(self) -> None:
+        if self._engine.alive:
+            self._failed_since = None
+        elif self._failed_since is None:
+            self._failed_since = time.monotonic()
+        elif time.monotonic() - self._failed_since > MOST_FAILED_S:
+            log.critical("the model does not come back: this worker ends, so that another can be started")
+            os._exit(1)  # an orderly end would wait for the thread that hangs
 
 
 def run_server(settings: Settings) -> Exception | None:

@@ -1,7 +1,9 @@
 """Health states and metrics."""
 
+import os
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +12,7 @@ from tests.patience import HELD_S
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
 from text2weight.errors import CheckpointError
-from text2weight_service import engine
+from text2weight_service import engine, server
 from text2weight_service.model import Model
 from text2weight_service.settings import Settings
 
@@ -76,6 +78,26 @@ def test_a_call_that_hangs_takes_the_worker_out_until_it_returns(
     assert live.client.get("/health/live").status_code == 200
     assert live.client.get("/health/ready").status_code == 200
     assert live.generate("other", "bus").status_code == 200
+
+
+def test_a_model_that_does_not_come_back_ends_the_process(
+    live: Live, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LONGEST_CALL_S", 0.1)
+    monkeypatch.setattr(server, "MOST_FAILED_S", 0.3)
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    time.sleep(0.5)
+    assert not ends  # a model that waits for work has not failed
+    model.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(live.generate, "apple", "bus")
+            wait_for(lambda: live.client.get("/health/live").status_code == 503, "noticing")
+            wait_for(lambda: ends, "the end")
+        finally:
+            model.gate.set()
+    assert set(ends) == {1}
 
 
 def test_metrics(live: Live) -> None:
