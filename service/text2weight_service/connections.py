@@ -12,7 +12,7 @@ import asyncio
 import re
 import uuid
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -54,7 +54,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Begin to watch; one connection too many ends the one that waits longest for its client, or itself."""
         super().connection_made(transport)
         self._answering: RequestResponseCycle | None = None  # uvicorn's `cycle` is of the newest request
-        self._in_headers, self._header_bytes = False, 0
+        self._part: Literal["headers", "body"] | None = None  # of a request that is being read
+        self._header_bytes = 0
         transport.set_write_buffer_limits(_MOST_UNSENT, _FEW_UNSENT)  # uvloop's own second one is 16 bytes
         self._waiting_since = self.loop.time()
         self._unsent_since: float | None = None
@@ -75,24 +76,28 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin to count a request's headers."""
         super().on_message_begin()
-        self._in_headers, self._header_bytes = True, 0
+        self._part, self._header_bytes = "headers", 0
 
     def on_headers_complete(self) -> None:
         """Begin to wait for the body; requests that come before the answers to others wait, a few of them."""
         super().on_headers_complete()
-        self._in_headers = False
+        self._part = "body"
         self._waiting_since = self.loop.time()
         if not self.pipeline:
             self._answering = self.cycle
         elif len(self.pipeline) > _MOST_PIPELINED and not self.transport.is_closing():
             self._cut("pipelined")  # uvicorn would take any number into memory
 
+    def on_message_complete(self) -> None:
+        """Await the next request."""
+        super().on_message_complete()
+        self._part = None
+
     def data_received(self, data: bytes) -> None:
         """Refuse headers that are too large before they are complete."""
-        before = self.cycle
-        after_a_body = before is not None and before.more_body
-        super().data_received(data if after_a_body else _without_upgrade(data))
-        if self._in_headers and self.cycle is before and not after_a_body:  # all these bytes are of those headers
+        before, within_body = self.cycle, self._part == "body"
+        super().data_received(data if within_body else _without_upgrade(data))
+        if self._part == "headers" and self.cycle is before and not within_body:  # all these bytes are of those headers
             self._header_bytes += len(data)
             if self._header_bytes > _MOST_HEADER_BYTES and not self.transport.is_closing():
                 self.send_400_response(f"The headers are larger than {_MOST_HEADER_BYTES} bytes.")

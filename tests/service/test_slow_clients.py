@@ -223,6 +223,17 @@ def test_large_headers_in_pieces(guarded: Live) -> None:
     assert served(guarded)
 
 
+def test_large_headers_after_a_refused_body(guarded: Live) -> None:
+    """What is left of a body is passed over, and then headers are counted as ever."""
+    with connected(guarded) as connection:
+        connection.sendall(POST % 300_000)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+        connection.sendall(b" " * 300_000)
+        time.sleep(0.1)
+        connection.sendall(b"GET /info HTTP/1.1\r\nHost: x\r\nX-Large: " + b"a" * 40_000)
+        assert until_closed(connection).startswith(b"HTTP/1.1 400 ")
+
+
 def test_a_body_before_large_headers(guarded: Live) -> None:
     """Bytes of a body do not count as the headers that begin in the same piece."""
     body = json.dumps({"classes": ["apple", "bus"]}).encode() + b" " * 30_000
