@@ -216,6 +216,9 @@ def test_without_pictures_or_backbone_it_says_so(pictured: Pictured, suite_run: 
     other = replace(bare, preset=with_pictures(bare.preset, pictured.images, f"dir:{pictured.backbone}"))
     with pytest.raises(TrainingDataError, match=r"is resnet18-no-maxpool .*, but the features were made with toy back"):
         gradcam.run(other)
+    sized = replace(bare, preset=with_pictures(bare.preset, pictured.images, f"dir:{pictured.backbone}", 64))
+    with pytest.raises(TrainingDataError, match="--side does not go with dir:"):
+        gradcam.run(sized)
     assert not list(tmp_path.iterdir())
 
 
@@ -238,6 +241,9 @@ def test_the_command_takes_pictures(pictured: Pictured, tmp_path: Path) -> None:
     refused = CliRunner().invoke(evaluate_app, [*map(str, arguments), "--suite", "reading"])
     assert refused.exit_code == 2
     assert "--images and --backbone belong to" in refused.stderr
+    sized = CliRunner().invoke(evaluate_app, [*map(str, arguments), "--suite", "gradcam", "--side", "64"])
+    assert sized.exit_code == 2
+    assert "--side belongs to --backbone" in sized.stderr
 
 
 def test_settings_in_the_preset_do_the_same(

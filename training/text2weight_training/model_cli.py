@@ -137,6 +137,9 @@ def evaluate_command(
     backbone: Annotated[
         str | None, typer.Option(help="suite gradcam: as in `t2w features`; default: the one in the checkpoint")
     ] = None,
+    side: Annotated[
+        int | None, typer.Option(min=8, max=1024, help="suite gradcam: as in `t2w features`, with --backbone")
+    ] = None,
 ) -> None:
     """Measure a checkpoint on unseen tasks against baselines and heads trained on the tasks' own data.
 
@@ -159,9 +162,11 @@ def evaluate_command(
         raise typer.BadParameter("--paraphrase belongs to --suite reading")
     if (images or backbone) and "gradcam" not in chosen:
         raise typer.BadParameter("--images and --backbone belong to --suite gradcam")
+    if side and not backbone:
+        raise typer.BadParameter("--side belongs to --backbone, which the features were made with")
     data, settings = _load(features, text, template, preset, condition_text)
     if chosen:
-        settings = with_pictures(with_paraphrases(settings, paraphrase or []), images, backbone)
+        settings = with_pictures(with_paraphrases(settings, paraphrase or []), images, backbone, side)
         _evaluate_suites(chosen, data, zoo, checkpoint, settings, out)
         return
     result = evaluate(data, load_zoo(zoo), checkpoint, settings, out)

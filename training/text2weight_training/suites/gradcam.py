@@ -80,7 +80,7 @@ def run(run: SuiteRun) -> dict[str, Any]:
         if not bundled.is_dir():
             return {"not_measured": "the checkpoint holds no backbone: name the features' own by --backbone"}
         source = f"dir:{bundled}"
-    encoder = _load_encoder(run, source)
+    encoder = _load_encoder(run, source, settings.side)
     images = find_images(settings.images, "test")
     pictures = _pictures_of(run, images)
     tasks = [task for task in run.zoo.split.unseen if any(label in pictures for label in task)][: settings.tasks]
@@ -108,8 +108,8 @@ def run(run: SuiteRun) -> dict[str, Any]:
     }
 
 
-def _load_encoder(run: SuiteRun, source: str) -> ImageEncoder:
-    encoder = load_image_encoder(source)
+def _load_encoder(run: SuiteRun, source: str, side: int | None) -> ImageEncoder:
+    encoder = load_image_encoder(source, side=side)
     made, expected = (
         (encoder.description, encoder.preprocess),
         tuple(run.data.backbone[key] for key in ("name", "preprocess")),

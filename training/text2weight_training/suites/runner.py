@@ -106,10 +106,11 @@ def _files_read(suites: SuitesSettings, name: str) -> list[tuple[str, int, int]]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def with_pictures(preset: Preset, images: Path | None, backbone: str | None) -> Preset:
-    """The preset with a picture folder and a backbone for the suite `gradcam`, where they are given."""
-    given = {name: value for name, value in (("images", images), ("backbone", backbone)) if value is not None}
-    changed = preset.suites.gradcam.model_copy(update=given)
+def with_pictures(preset: Preset, images: Path | None, backbone: str | None, side: int | None = None) -> Preset:
+    """The preset with a picture folder, a backbone and its pictures' side for `gradcam`, where they are given."""
+    given = {"images": images, "backbone": backbone, "side": side}
+    update = {name: value for name, value in given.items() if value is not None}
+    changed = preset.suites.gradcam.model_copy(update=update)
     return preset.model_copy(update={"suites": preset.suites.model_copy(update={"gradcam": changed})})
 
 

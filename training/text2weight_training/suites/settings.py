@@ -334,6 +334,7 @@ class GradcamSettings(SuiteSettings):
         images: picture folder with test/CLASS/*.png, the classes called as the data's; none, nothing is measured.
         backbone: the one the features were made with, as `t2w features` takes it; by default the one that lies in
             the checkpoint.
+        side: of its pictures in pixels, where the features were made with `t2w features --side`.
         tasks: unseen tasks, or all of whose classes the folder has pictures.
         pictures: of each task.
         sampler: (sampler, steps), at least three steps: first, middle and last estimate are shown.
@@ -342,6 +343,7 @@ class GradcamSettings(SuiteSettings):
 
     images: Path | None = None
     backbone: str | None = None
+    side: int | None = Field(default=None, ge=8, le=1024)
     tasks: PositiveInt = 50
     pictures: PositiveInt = 16
     sampler: SamplerSteps = ("ddim", 20)
