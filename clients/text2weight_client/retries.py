@@ -95,10 +95,12 @@ def wait_before_retry(state: RetryCallState) -> float:
     """Seconds to wait: what the service asked for, or exponential backoff, and jitter on top.
 
     All clients that were refused together were told the same time; the longer it is, the more of them
-    have gathered, so the jitter grows with it.
+    have gathered, so the jitter grows with it. A worker that shuts down says when another may have taken
+    its place, but where there are several, the next connection leads to one of them.
     """
     error = _last_error(state)
-    if isinstance(error, APIError) and error.retry_after_s is not None:
+    elsewhere = isinstance(error, APIError) and error.kind == "draining" and state.attempt_number == 1
+    if isinstance(error, APIError) and error.retry_after_s is not None and not elsewhere:
         return error.retry_after_s + wait_random(0.0, max(_JITTER_S, _JITTER_SHARE * error.retry_after_s))(state)
     return _BACKOFF(state)
 

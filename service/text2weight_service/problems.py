@@ -175,7 +175,10 @@ def not_ready_problem(phase: Phase) -> ProblemError:
         Phase.STARTING: (Kind.STARTING, "the model is being loaded; try again soon", _STARTING_RETRY_AFTER_S),
         Phase.FAILED: (Kind.UNAVAILABLE, "the model cannot be used; the worker's log says why", _RESTART_RETRY_AFTER_S),
     }.get(phase, (Kind.DRAINING, "this worker takes no new requests; try another one", _RESTART_RETRY_AFTER_S))
-    return ProblemError(kind, detail, headers={"Retry-After": str(retry_after_s)})
+    headers = {"Retry-After": str(retry_after_s)}
+    if kind is Kind.DRAINING:
+        headers["Connection"] = "close"  # or a kept connection would lead back to this worker
+    return ProblemError(kind, detail, headers=headers)
 
 
 def to_problem(error: Exception) -> ProblemError:

@@ -131,6 +131,14 @@ def test_clients_that_were_refused_together_do_not_come_back_together(
     assert max(waits) - min(waits) > spread / 4
 
 
+def test_a_worker_that_shuts_down_is_left_at_once(call: Call, make_head: Any, sleeps: list[float]) -> None:
+    """Another may be there; if none is, the time that it asks for is waited."""
+    leaving = problem(503, type="urn:text2weight:problem:draining", headers={"Retry-After": "10"})
+    call(Script(leaving, leaving, httpx.Response(200, content=make_head())), "generate", ["apple", "bus"])
+    assert sleeps[0] <= 0.5
+    assert 10 <= sleeps[1] <= 12.5
+
+
 def test_retry_after_as_a_date_is_honoured(call: Call, make_head: Any, sleeps: list[float]) -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=20), usegmt=True)
     call(

@@ -55,6 +55,7 @@ def test_drain_under_load(model: FakeModel, pool: ThreadPoolExecutor) -> None:
             assert late.status_code == 503
             assert late.json()["type"] == "urn:text2weight:problem:draining"
             assert int(late.headers["retry-after"]) > 0
+            assert late.headers["connection"] == "close"
             assert live.client.get("/health/ready").status_code == 503
             assert live.client.get("/health/live").status_code == 200
             assert live.metric("t2w_phase", phase="draining") == 1
