@@ -123,7 +123,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def waits_for_client(self) -> bool:
         """Whether the next move is the client's: headers, or more of a body."""
         now = self._answering
-        return now is None or now.response_complete or (now.more_body and not now.response_started)
+        return self.idle or (now is not None and now.more_body and not now.response_started)
 
     def _watch(self) -> None:
         now = self.loop.time()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import secrets
@@ -11,7 +10,6 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic_core import to_json
 
 from text2weight.artifact import Precision, read_head, stack_to_bytes
 from text2weight.condition import normalise_class_names
@@ -20,7 +18,7 @@ from text2weight.generator import MAX_SEED
 from text2weight.text_encoder import TableTextEncoder
 from text2weight_service.engine import Engine
 from text2weight_service.exchange import HEAD_TYPE, answer_deadline, while_connected
-from text2weight_service.job import Job, plan_work
+from text2weight_service.job import Job, hash_of, plan_work
 from text2weight_service.model import Model
 from text2weight_service.schemas import MAX_SAMPLES, GenerateFields, SamplingFields
 from text2weight_service.tracing import server_timing
@@ -185,7 +183,7 @@ def text_warnings(
 
 def entity_tag(*parts: object) -> str:
     """A strong entity tag of all that an answer follows from."""
-    return f'"{hashlib.sha256(to_json(parts)).hexdigest()}"'
+    return f'"{hash_of(parts)}"'
 
 
 def client_has(request: Request, tag: str) -> bool:

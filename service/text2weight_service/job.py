@@ -144,6 +144,11 @@ def _hash(model: Model, job: Job, prompts: Sequence[str], request: GenerationReq
         None if job.given is None else hashlib.sha256(job.given.numpy().tobytes()).hexdigest(),
         None if job.given is None else (job.strength, job.method),
     ]
+    return hash_of(parts)
+
+
+def hash_of(parts: Sequence[object]) -> str:
+    """64 hexadecimal digits that differ where any part does."""
     # JSON says where a part ends: no two different lists give the same text.
     return hashlib.sha256(to_json(parts)).hexdigest()
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,13 @@ class FakeModel:
         }
         tensors = {name: tensor.clone() for name, tensor in SPEC.unflatten(flat).items()}
         return HeadArtifact(tensors, request.embeddings, metadata)
+
+
+@contextmanager
+def held(model: FakeModel) -> Iterator[None]:
+    """Keep the model busy; a test that fails meanwhile lets it go."""
+    model.gate.clear()
+    try:
+        yield
+    finally:
+        model.gate.set()

@@ -3,14 +3,13 @@
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.patience import HELD_S, PATIENCE_S
-from tests.service.fakes import FakeModel
+from tests.service.fakes import FakeModel, held
 from tests.service.forms import a_head, form
 from tests.service.live import Live, serve, wait_for
 
@@ -19,16 +18,6 @@ from tests.service.live import Live, serve, wait_for
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as executor:
         yield executor
-
-
-@contextmanager
-def held(model: FakeModel) -> Iterator[None]:
-    """Keep the model busy; a test that fails meanwhile lets it go."""
-    model.gate.clear()
-    try:
-        yield
-    finally:
-        model.gate.set()
 
 
 def terminate(live: Live) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.patience import HELD_S
-from tests.service.fakes import FakeModel
+from tests.service.fakes import FakeModel, held
 from tests.service.live import Live, serve, wait_for
 from text2weight.errors import CheckpointError
 from text2weight_service import engine, server
@@ -89,14 +89,10 @@ def test_a_model_that_does_not_come_back_ends_the_process(
     monkeypatch.setattr(os, "_exit", ends.append)
     time.sleep(0.5)
     assert not ends  # a model that waits for work has not failed
-    model.gate.clear()
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            pool.submit(live.generate, "apple", "bus")
-            wait_for(lambda: live.client.get("/health/live").status_code == 503, "noticing")
-            wait_for(lambda: ends, "the end")
-        finally:
-            model.gate.set()
+    with ThreadPoolExecutor(1) as pool, held(model):
+        pool.submit(live.generate, "apple", "bus")
+        wait_for(lambda: live.client.get("/health/live").status_code == 503, "noticing")
+        wait_for(lambda: ends, "the end")
     assert set(ends) == {1}
 
 

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from tests.patience import PATIENCE_S
-from tests.service.fakes import FakeModel
+from tests.service.fakes import FakeModel, held
 from tests.service.live import Live, serve, wait_for
 from text2weight_service.metrics import Metrics
 from text2weight_service.server import server_config
@@ -156,17 +156,13 @@ def test_leaving_with_pipelined_requests() -> None:
     """The request that is being computed learns of it, too, and not only the last one."""
     model = FakeModel()
     body = json.dumps({"classes": ["apple", "bus"]}).encode()
-    with serve(lambda _: model) as live:
-        model.gate.clear()
+    accepted = {"client": "(anonymous)", "result": "accepted"}
+    left = {"method": "POST", "route": "/generate", "status": "499"}
+    with serve(lambda _: model) as live, held(model):
         with connected(live) as connection:
             connection.sendall((POST % len(body) + body) * 2)
-            wait_for(
-                lambda: live.metric("t2w_client_requests_total", client="(anonymous)", result="accepted") == 1, "x"
-            )
-        wait_for(
-            lambda: live.metric("t2w_http_requests_total", method="POST", route="/generate", status="499") >= 1, "it"
-        )
-        model.gate.set()
+            wait_for(lambda: live.metric("t2w_client_requests_total", **accepted) == 1, "work")
+        wait_for(lambda: live.metric("t2w_http_requests_total", **left) >= 1, "noticing")
 
 
 def test_pipelined_requests(guarded: Live) -> None:
@@ -253,12 +249,13 @@ def test_a_body_before_large_headers(guarded: Live) -> None:
 def test_an_upgrade_that_is_offered_is_not_taken(guarded: Live) -> None:
     """Some clients offer HTTP/2 with their first request; the body that follows is read all the same."""
     body = json.dumps({"classes": ["apple", "bus"]}).encode()
-    offer = b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQBAAAA\r\n\r\n"
+    head = (POST % len(body)).removesuffix(b"\r\n\r\n")
+    head += b"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQBAAAA\r\n\r\n"
     with connected(guarded) as connection:
-        connection.sendall((POST % len(body)).removesuffix(b"\r\n\r\n") + offer + body)
+        connection.sendall(head + body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
     with connected(guarded) as connection:  # the body in a piece of its own
-        connection.sendall((POST % len(body)).removesuffix(b"\r\n\r\n") + offer)
+        connection.sendall(head)
         time.sleep(0.1)
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
