@@ -6,6 +6,7 @@ launches all of them at once. Letters: R rows of a call, K class tokens, P numbe
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class _Recorded:
 
 
 class GraphedDenoiser:
-    """Calls a denoiser through graphs that are recorded when a shape is first seen. Belongs to one thread at a time.
+    """Calls a denoiser through graphs that are recorded when a shape is first seen. Any thread may call.
 
     Parameters, the sampler's state and the output are fp32; matrix products are bf16 (autocast).
     """
@@ -40,10 +41,15 @@ class GraphedDenoiser:
         self._denoiser = denoiser
         self._recorded: OrderedDict[tuple[object, ...], _Recorded] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
+        self._lock = threading.Lock()
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions."""
         inputs = flatten_call(noisy, timesteps, condition)
+        with self._lock:
+            return self._replay(inputs)
+
+    def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
         shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
         recorded = self._recorded.get(shape)
         if recorded is None:

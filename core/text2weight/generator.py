@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,7 @@ from text2weight.enhancement import EnhanceMethod, check_fits, check_given, choo
 from text2weight.errors import CheckpointError, InvalidInputError
 from text2weight.outside import OutsideNames
 from text2weight.samplers import check_sampler, make_plan
-from text2weight.sampling import Denoiser, Sample, advance, preceded
+from text2weight.sampling import Denoiser, Sample, advance
 from text2weight.text_encoder import TEMPLATE_PATTERN, TextEncoder, load_text_encoder
 from text2weight.traced import TracedDenoiser
 
@@ -133,11 +132,10 @@ class Generator:
         described = checkpoint.config.condition_text
         self._condition_encoder = load_text_encoder(_inside(self.path, described.source)) if described else None
         self._denoiser = checkpoint.denoiser.to(device).requires_grad_(False)
-        on_cuda = torch.device(device).type == "cuda"
-        self._call: Denoiser = GraphedDenoiser(self._denoiser) if on_cuda else TracedDenoiser(self._denoiser)
+        self._on_cuda = torch.device(device).type == "cuda"
+        self._call: Denoiser = GraphedDenoiser(self._denoiser) if self._on_cuda else TracedDenoiser(self._denoiser)
         self._space = checkpoint.space.to(device)
         self._space_on_cpu = checkpoint.space.to("cpu")
-        self._lock = threading.Lock()
         expected = checkpoint.config.text_encoder
         if expected.fingerprint and expected.fingerprint != text_encoder.fingerprint:
             raise CheckpointError(
@@ -293,6 +291,11 @@ class Generator:
         return self._space_on_cpu.anchor
 
     @property
+    def calls_at_once(self) -> int:
+        """How many threads should call `advance`, with equal shares of torch's: one computes while another does not."""
+        return 1 if self._on_cuda or torch.get_num_threads() == 1 else 2
+
+    @property
     def denoiser_parameters(self) -> int:
         """How many parameters the denoiser has."""
         return sum(parameter.numel() for parameter in self._denoiser.parameters())
@@ -391,23 +394,18 @@ class Generator:
         plan = make_plan(request.sampler, request.steps, schedule, start.timestep)
         return Sample(request, start, plan, source, condition.to(self.device), noisy, torch.zeros_like(noisy))
 
-    def advance(
-        self, samples: Sequence[Sample], rows: int | None = None, meanwhile: Callable[[], None] | None = None
-    ) -> None:
-        """Make the next denoiser call of each sample, all in one.
+    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
+        """Make the next denoiser call of each sample, all in one. Several threads may, each with its own samples.
 
         Args:
             samples: at least one, none of them done; they may differ in everything.
             rows: size of the call, at least the number of samples; that number where not given.
-            meanwhile: called right before the network, which computes without the interpreter: what it sets off in
-                other threads runs beside that.
 
         Raises:
             Whatever the device raises; then no sample has moved, and the call may be made again.
         """
-        denoiser = self._call if meanwhile is None else preceded(self._call, meanwhile)
-        with self._lock, torch.inference_mode():
-            advance(samples, denoiser, self.config.schedule, self.config.prediction, rows or len(samples))
+        with torch.inference_mode():
+            advance(samples, self._call, self.config.schedule, self.config.prediction, rows or len(samples))
 
     def finish(self, sample: Sample) -> HeadArtifact:
         """The head of a sample that is done."""

@@ -105,16 +105,6 @@ def advance(
         sample.calls += 1
 
 
-def preceded(denoiser: Denoiser, first: Callable[[], None]) -> Denoiser:
-    """A denoiser right before whose calls something else is done."""
-
-    def call(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        first()
-        return denoiser(noisy, timesteps, condition)
-
-    return call
-
-
 def _copies(batch: Tensor) -> tuple[Tensor, ...]:
     """The rows of a batch, each on its own: a view would keep the whole batch alive."""
     rows: tuple[Tensor, ...] = torch.unbind_copy(batch)  # type: ignore[func-returns-value,assignment]

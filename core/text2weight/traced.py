@@ -15,6 +15,7 @@ compiler on the machine (torch.compile), or runs in the interpreter (torch.expor
 
 from __future__ import annotations
 
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -28,13 +29,14 @@ ROWS_OF_A_PART = 4
 
 
 class TracedDenoiser:
-    """Calls a denoiser through a trace that the first call records. Belongs to one thread at a time."""
+    """Calls a denoiser through a trace that the first call records. Any thread may call."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         """Wrap a denoiser whose parameters stay as they are, and ask for no gradients."""
         self._call = _Call(denoiser)
         self._traces: dict[int, torch.jit.ScriptModule] = {}  # by number of inputs: with given heads or without
-        self._lanes: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by number of parts and each one's threads
+        self._recording = threading.Lock()
+        self._own = _Helpers()
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions.
@@ -53,10 +55,10 @@ class TracedDenoiser:
     def _in_parts(self, trace: torch.jit.ScriptModule, inputs: tuple[Tensor, ...], parts: int, threads: int) -> Tensor:
         """Call a trace for equal parts of the rows at once, with equal shares of the threads."""
         share = threads // parts
-        lanes = self._lanes.get((parts, share))
-        if lanes is None:
-            lanes = ThreadPoolExecutor(parts, "t2w-lane", torch.set_num_threads, (share,))
-            self._lanes[parts, share] = lanes
+        helpers = self._own.by_share.get((parts, share))
+        if helpers is None:
+            helpers = ThreadPoolExecutor(parts, "t2w-part", torch.set_num_threads, (share,))
+            self._own.by_share[parts, share] = helpers
         inference = torch.is_inference_mode_enabled()
 
         def run(part: tuple[Tensor, ...]) -> Tensor:
@@ -66,20 +68,28 @@ class TracedDenoiser:
 
         rows = zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)
         try:
-            outputs = [lanes.submit(run, part) for part in rows]
+            outputs = [helpers.submit(run, part) for part in rows]
             wait(outputs)
         finally:
-            torch.set_num_threads(threads)  # what a lane sets at its start is also what new threads begin with
+            torch.set_num_threads(threads)  # what a helper sets at its start is also what new threads begin with
         return torch.cat([output.result() for output in outputs])  # (R, P)
 
     def _trace(self, inputs: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
-        trace = self._traces.get(len(inputs))
-        if trace is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # that traces are deprecated
-                # Without the check, which runs the network twice more; the tests compare.
-                trace = self._traces[len(inputs)] = torch.jit.trace(self._call, inputs, check_trace=False)
-        return trace
+        with self._recording:
+            trace = self._traces.get(len(inputs))
+            if trace is None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # that traces are deprecated
+                    # Without the check, which runs the network twice more; the tests compare.
+                    trace = self._traces[len(inputs)] = torch.jit.trace(self._call, inputs, check_trace=False)
+            return trace
+
+
+class _Helpers(threading.local):
+    """Threads that each make a part of a call; each calling thread has its own."""
+
+    def __init__(self) -> None:
+        self.by_share: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by number of parts and each one's threads
 
 
 def count_parts(rows: int, threads: int) -> int:

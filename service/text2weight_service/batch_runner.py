@@ -1,14 +1,17 @@
-"""The model's thread between two denoiser calls: who joins, who leaves, and what happens when a call fails.
+"""The model's thread between denoiser calls: who joins, who leaves, and what happens when a call fails.
 
-A call can fail; the runner cannot. A failed call has moved no sample, so it is made again without the one that broke
-it. Letters: K classes, D embedding size, P numbers in one head.
+Calls are made on lanes, and the thread goes on while they compute. A call can fail; the runner cannot. A failed call
+has moved no sample, so it is made again without the one that broke it.
+Letters: K classes, D embedding size, P numbers in one head.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -20,9 +23,9 @@ from text2weight.artifact import HeadArtifact
 from text2weight.descriptions import ConditionText
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
-from text2weight.sampling import Sample
 from text2weight_service.call_watch import CallWatch
 from text2weight_service.ladder import Ladder, Shape, StepTimes, is_out_of_memory
+from text2weight_service.lanes import Lanes
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
 from text2weight_service.schedule import Running, choose_call
@@ -47,11 +50,29 @@ class SelfCheckError(Exception):
     """The device computes something else than it did at start."""
 
 
-class BatchRunner:
-    """Moves running items on, one denoiser call at a time, and resolves each item's future exactly once."""
+@dataclass(frozen=True)
+class _Call:
+    """A denoiser call under way; its seconds or its error come in `ended`."""
 
-    def __init__(self, model: Model, metrics: Metrics, most_rows: int) -> None:
-        """Prepare to run a model; `most_rows` is the largest size of a call."""
+    members: Sequence[Running]
+    rows: int
+    ended: Future[float]
+
+
+class BatchRunner:
+    """Moves running items on, some in each denoiser call, and resolves each item's future exactly once."""
+
+    def __init__(
+        self, model: Model, metrics: Metrics, most_rows: int, on_call_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """Prepare to run a model.
+
+        Args:
+            model: what is run.
+            metrics: where to count.
+            most_rows: the largest size of a call.
+            on_call_end: called after each call, on another thread.
+        """
         self.running: list[Running] = []
         self.ladder = Ladder(most_rows)
         self.times = StepTimes(model.config.head.hidden_dim + 1)
@@ -60,7 +81,9 @@ class BatchRunner:
         self._model = model
         self._metrics = metrics
         self._turn = 0
-        self._results: list[tuple[WorkItem, Generated]] = []
+        self._lanes = Lanes(model.calls_at_once, self.watch, on_call_end)
+        self._calls: list[_Call] = []
+        self._again: deque[Sequence[Running]] = deque()  # parts of calls that failed, each a call of its own
         self._request: GenerationRequest | None = None
         self._expected: Tensor | None = None
         metrics.ladder_rows.set(self.ladder.most)
@@ -79,12 +102,12 @@ class BatchRunner:
                     return
                 assert self._request is not None
                 sample = self._model.begin(self._request)
-                spent = self._advance([sample], rows)
+                spent = self._lanes.submit(partial(self._model.advance, [sample], rows)).result()
                 if turn > 0:  # the first call of a shape may allocate, choose kernels or record
                     self.times.add(Shape(sample.condition.mask.shape[1], guided=False), rows, spent)
 
     def _make_room(self) -> None:
-        """Make the largest of the usual calls, so that the memory it takes is taken now and not at a busy moment.
+        """Make the largest of the usual calls on all lanes, so that their memory is taken now and not at a busy moment.
 
         Allocators and mathematics libraries keep what their largest call took. Where there is not enough memory,
         smaller calls are made from the start.
@@ -97,14 +120,14 @@ class BatchRunner:
         request = replace(self._request, classes=classes, embeddings=embeddings, condition_text=text)
         while True:
             rows = self.ladder.most
-            try:
-                self._advance([self._model.begin(request)], rows)
-            except Exception as error:
-                if rows == 1 or not is_out_of_memory(error):
-                    raise
-                self._shrink(rows)
-            else:
+            samples = [self._model.begin(request) for _ in range(self._lanes.count)]
+            calls = [self._lanes.submit(partial(self._model.advance, [sample], rows)) for sample in samples]
+            errors = [error for error in (call.exception() for call in calls) if error is not None]
+            if not errors:
                 return
+            if rows == 1 or not is_out_of_memory(errors[0]):
+                raise errors[0]
+            self._shrink(rows)
 
     def check(self) -> None:
         """Prove that the device still computes, and what it did at start; tells a broken model from a broken request.
@@ -113,12 +136,11 @@ class BatchRunner:
             SelfCheckError: the numbers are others than at start.
             Exception: whatever the model raises.
         """
-        self.hand_over()
         self._request = self._check_request()
         with self.watch:
             sample = self._model.begin(self._request)
         while not sample.done:
-            spent = self._advance([sample], 1)
+            spent = self._lanes.submit(partial(self._model.advance, [sample], 1)).result()
             if self._expected is not None:  # the first calls of all may allocate, choose kernels or record
                 self.times.add(Shape(sample.condition.mask.shape[1], guided=False), 1, spent)
         with self.watch:
@@ -131,13 +153,58 @@ class BatchRunner:
         if not torch.allclose(numbers, self._expected, rtol=0, atol=tolerance):  # not finite is not close
             raise SelfCheckError("the self-check's head is not the one that the device computed at start")
 
-    def admit(self, items: Sequence[WorkItem]) -> bool:
-        """Begin items, which take part in calls from now on.
+    @property
+    def lanes(self) -> int:
+        """How many calls are made at once."""
+        return self._lanes.count
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether `turn` has something to do without new items."""
+        if any(call.ended.done() for call in self._calls):
+            return True
+        waiting = self._again or any(not one.taken for one in self.running)
+        return bool(waiting) and len(self._calls) < self._lanes.count
+
+    @property
+    def full(self) -> bool:
+        """Whether new items can only wait for a call to end."""
+        return len(self._calls) == self._lanes.count
+
+    def wait(self) -> None:
+        """Wait until a call has ended, where one is under way."""
+        wait([call.ended for call in self._calls], return_when=FIRST_COMPLETED)
+
+    def turn(self, items: Sequence[WorkItem]) -> bool:
+        """Take calls back that have ended, finish what is done, begin items, and make as many calls as can be made.
+
+        Calls come first wherever they can, so that they compute while the rest is done. Who has left or is late takes
+        part in none.
 
         Returns:
-            False when none could be begun, or none of those that were done at once be finished, for a reason that is
-            not a request's own input.
+            False when the model failed on all of a call's members, on all items to begin or on all to finish, for a
+            reason that is not a request's own input.
         """
+        fine = self._take_back()
+        self._drop_unwanted()
+        self._make_calls()
+        fine = self._leave() and fine
+        fine = self._begin(items) and fine
+        self._make_calls()
+        return self._leave() and fine  # what needs no call at all is done as soon as it is begun
+
+    def fail_all(self, error: Exception) -> None:
+        """Resolve all running items with an error."""
+        resolve_all((one.item, error) for one in self.running)
+        self.running.clear()
+        self._calls.clear()
+        self._again.clear()
+
+    def close(self) -> None:
+        """Return when no call is under way any more; none can be made after this."""
+        self._lanes.close()
+
+    def _begin(self, items: Sequence[WorkItem]) -> bool:
         claimed = [item for item in items if item.start()]
         failures = 0
         for item in claimed:
@@ -150,41 +217,42 @@ class BatchRunner:
             one = Running(item, sample, self._turn)
             self._metrics.queue_seconds.observe(one.begun_at - item.queued_at - item.encode_s)
             self.running.append(one)
-        left_well = self._leave()
-        return left_well and (not claimed or failures < len(claimed))
+        return not claimed or failures < len(claimed)
 
-    def step(self) -> bool:
-        """Make one denoiser call for some of the running items, after letting go those that nobody waits for.
+    def _make_calls(self) -> None:
+        """Make calls until all lanes are busy or nothing waits for one."""
+        while not self.full:
+            if self._again:
+                members = self._again.popleft()
+                rows = self.ladder.at_least(len(members))
+            else:
+                waiting = [one for one in self.running if not (one.taken or one.sample.done)]
+                if not waiting:
+                    return
+                free = self._lanes.count - len(self._calls)
+                members, rows = choose_call(waiting, self._turn + 1, self.ladder, self.times.seconds, free)
+            self._turn += 1
+            for one in members:
+                one.taken, one.last_turn = True, self._turn
+            samples = [one.sample for one in members]
+            self._calls.append(_Call(members, rows, self._lanes.submit(partial(self._model.advance, samples, rows))))
 
-        Returns:
-            False when no member of the call could be computed, or none that was done be finished, for a reason that is
-            not its own input.
-        """
-        self._drop_unwanted()
-        if not self.running:
-            return True
-        self._turn += 1
-        members, rows = choose_call(self.running, self._turn, self.ladder, self.times.seconds)
-        failed = self._call(members, rows)
-        for one in members:
-            one.last_turn = self._turn
-        return self._leave() and failed < len(members)
-
-    def fail_all(self, error: Exception) -> None:
-        """Resolve all running items with an error, after those that are done."""
-        self.hand_over()
-        resolve_all((one.item, error) for one in self.running)
-        self.running.clear()
-
-    def _call(self, members: Sequence[Running], rows: int) -> int:
-        """Move members on in one call; where that fails, in smaller ones. Returns how many the model failed on."""
-        try:
-            spent = self._advance([one.sample for one in members], rows)
-        except Exception as caught:
-            error = caught
-        else:
-            return self._moved(members, rows, spent)
-        return self._recover(members, rows, error)  # out here, or each error would carry the ones before it
+    def _take_back(self) -> bool:
+        """Take in what has become of the calls that ended; returns False when the model failed on all of one."""
+        fine = True
+        for call in [call for call in self._calls if call.ended.done()]:
+            self._calls.remove(call)
+            for one in call.members:
+                one.taken = False
+            error = call.ended.exception()
+            if error is None:
+                failed = self._moved(call.members, call.rows, call.ended.result())
+            elif isinstance(error, Exception):
+                failed = self._recover(call.members, call.rows, error)
+            else:
+                raise error
+            fine = fine and failed < len(call.members)
+        return fine
 
     def _moved(self, members: Sequence[Running], rows: int, spent: float) -> int:
         """Count a call that succeeded and tell who watches; returns how many the model failed on."""
@@ -199,6 +267,7 @@ class BatchRunner:
         return sum(self._report(one) for one in members)
 
     def _recover(self, members: Sequence[Running], rows: int, error: Exception) -> int:
+        """Have the members of a call that failed make smaller ones; returns how many the model failed on for good."""
         self._metrics.batch_failures.inc()
         if is_out_of_memory(error) and rows > 1:
             self._shrink(rows)
@@ -207,7 +276,11 @@ class BatchRunner:
             return self._fail(members[0], error)
         log.warning("denoiser call failed, halving it", members=len(members), error=repr(error))
         half = len(members) // 2
-        return sum(self._call(part, self.ladder.at_least(len(part))) for part in (members[:half], members[half:]))
+        for part in (members[:half], members[half:]):
+            self._again.append(part)
+            for one in part:
+                one.taken = True
+        return 0
 
     def _shrink(self, rows: int) -> None:
         """A call of so many rows was too large for the memory: make smaller ones, and give back what is cached."""
@@ -233,15 +306,6 @@ class BatchRunner:
         self._shrink(self.ladder.most)
         return result
 
-    def _advance(self, samples: Sequence[Sample], rows: int) -> float:
-        """Make a call; returns its seconds."""
-        started_at = time.monotonic()
-        with self.watch:
-            # Not before: the event loop answers while the network computes, instead of taking the interpreter from
-            # what comes before that.
-            self._model.advance(samples, rows, self.hand_over)
-        return time.monotonic() - started_at
-
     def _report(self, one: Running) -> int:
         """Tell whoever watches about the last call; returns 1 if that failed through the model's fault."""
         item, sample = one.item, one.sample
@@ -258,24 +322,20 @@ class BatchRunner:
 
     def _leave(self) -> bool:
         """Finish the items that are done; returns False when there are some and the model failed on all of them."""
-        done = [one for one in self.running if one.sample.done]
+        done = [one for one in self.running if not one.taken and one.sample.done]
+        results = []
         failed = 0
         for one in done:
             try:
                 artifact = self._with_memory(partial(self._model.finish, one.sample))
-                self._results.append((one.item, self._result(one, artifact)))
+                results.append((one.item, self._result(one, artifact)))
             except Exception as error:
                 failed += self._fail(one, error)
                 continue
             self.running.remove(one)
+        resolve_all(results)
+        self._metrics.heads.inc(len(results))
         return not done or failed < len(done)
-
-    def hand_over(self) -> None:
-        """Resolve the items that are finished. Calls of the denoiser do it; this is for when there is none."""
-        if self._results:
-            resolve_all(self._results)
-            self._metrics.heads.inc(len(self._results))
-            self._results.clear()
 
     def _result(self, one: Running, artifact: HeadArtifact) -> Generated:
         item = one.item
@@ -295,7 +355,8 @@ class BatchRunner:
         if self.stop:
             self.fail_all(StoppedError())
         now = time.monotonic()
-        unwanted = [one for one in self.running if one.item.abandoned or now >= one.item.deadline]
+        free = [one for one in self.running if not one.taken]
+        unwanted = [one for one in free if one.item.abandoned or now >= one.item.deadline]
         for one in unwanted:
             self.running.remove(one)
             self._metrics.dropped.labels("left" if one.item.abandoned else "deadline").inc()

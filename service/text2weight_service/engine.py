@@ -113,6 +113,7 @@ class Engine:
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] | None = None
         self._load = load
+        self._in_doubt = False  # has the model's thread check the model, once it is woken
         self._drain_ends_at: float | None = None
         self._queue = WorkQueue(settings.queue_size)
         self._loaded: _Loaded | None = None
@@ -308,7 +309,8 @@ class Engine:
         if _SURE * alone_s > left_s:
             self.metrics.refused.labels("deadline").inc()
             if not loaded.runner.running and time.monotonic() - times.measured_at > _STALE_S:
-                self._queue.wake()  # the model's thread finds nothing to do but to check the model
+                self._in_doubt = True
+                self._queue.wake()
             raise HopelessError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
         rows = self._queue.rows_ahead(work.calls) + work.calls * (1 + guided)
         if _SURE * rows * self._row_s(loaded) > left_s:
@@ -318,7 +320,7 @@ class Engine:
     def _row_s(self, loaded: _Loaded) -> float:
         """Seconds per row of the best size of a call, at few classes."""
         runner = loaded.runner
-        return min(runner.times.seconds(_FEW_CLASSES, rows) / rows for rows in runner.ladder.rungs)
+        return min(runner.times.seconds(_FEW_CLASSES, rows) / rows for rows in runner.ladder.rungs) / runner.lanes
 
     def _retry_after_s(self, loaded: _Loaded) -> int:
         rows = self._queue.rows_ahead(self.settings.max_steps)
@@ -356,24 +358,23 @@ class Engine:
         freed = FreedMemory()
         while self.failure is None:
             freed.give_back()
-            items = self._queue.take_ready()
-            if not items and not runner.running:
-                runner.hand_over()
-                items = self._queue.take_ready(self.settings.self_check_s)
-            idle = not items and not runner.running
-            if idle and self._queue.over:
-                return
-            fine = runner.admit(items)
-            fine = runner.step() and fine
-            if idle or not fine or texts.in_doubt:
-                texts.in_doubt = False
+            over = self._queue.over
+            if over and not runner.running:
+                break
+            if runner.full or (over and not runner.can_go_on):
+                runner.wait()
+            quiet = not runner.can_go_on and not self._queue.wait(self.settings.self_check_s)
+            fine = runner.turn(self._queue.take_ready())
+            if (quiet and not runner.running) or not fine or texts.in_doubt or self._in_doubt:
+                texts.in_doubt = self._in_doubt = False
                 self._check_model(runner)
+        runner.close()
 
     def _prepare(self) -> _Loaded:
         started_at = time.monotonic()
         model = self._load(self.settings)
         memory = MemoryCache(self.settings.embedding_cache_size)
-        runner = BatchRunner(model, self.metrics, self.settings.max_batch_size)
+        runner = BatchRunner(model, self.metrics, self.settings.max_batch_size, self._queue.wake)
         loaded_at = time.monotonic()
         runner.warm_up()
         encoder = model.text_encoder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,7 +83,7 @@ class Model(Protocol):
     """The methods of `text2weight.generator.Generator` that the engine calls.
 
     `prompts`, `resolve_sampling` and `check` are cheap and run on the event loop. The text encoder runs on a thread of
-    its own, and for checks on the model's thread, which alone calls the rest.
+    its own, and for checks on the model's thread; `advance` on `calls_at_once` threads; the rest on the model's alone.
     """
 
     @property
@@ -107,6 +107,11 @@ class Model(Protocol):
         ...
 
     @property
+    def calls_at_once(self) -> int:
+        """How many threads should call `advance`, with equal shares of torch's."""
+        ...
+
+    @property
     def anchor(self) -> Tensor:
         """(P,) the head that deviations are measured from, on the CPU."""
         ...
@@ -127,13 +132,8 @@ class Model(Protocol):
         """Begin a request's reverse diffusion; raises InvalidInputError for one that cannot be computed."""
         ...
 
-    def advance(
-        self, samples: Sequence[Sample], rows: int | None = None, meanwhile: Callable[[], None] | None = None
-    ) -> None:
-        """Make the next denoiser call of each sample, all in one of so many rows; on an error none has moved.
-
-        `meanwhile` is called right before the network, which computes without the interpreter.
-        """
+    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
+        """Make the next denoiser call of each sample, all in one of so many rows; on an error none has moved."""
         ...
 
     def finish(self, sample: Sample) -> HeadArtifact:

@@ -27,12 +27,14 @@ class Running:
         item: what is computed, and for whom.
         sample: how far it is.
         last_turn: number of the call that it last took part in, or before which it was admitted.
+        taken: whether a call has it, or is going to: nothing else may touch the sample.
         begun_at: `time.monotonic()` of its admission.
     """
 
     item: WorkItem
     sample: Sample
     last_turn: int
+    taken: bool = False
     begun_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -42,7 +44,11 @@ class Running:
 
 
 def choose_call(
-    running: Sequence[Running], turn: int, ladder: Ladder, seconds: Callable[[Shape, int], float]
+    running: Sequence[Running],
+    turn: int,
+    ladder: Ladder,
+    seconds: Callable[[Shape, int], float],
+    lanes: int,
 ) -> tuple[list[Running], int]:
     """Choose the members of a denoiser call and its rows.
 
@@ -51,6 +57,7 @@ def choose_call(
         turn: number of the call.
         ladder: the sizes a call may have.
         seconds: expected time of a call by shape and rows.
+        lanes: how many calls can be made at once now; each gets its share of those that could be its members.
 
     Returns:
         members, all of one shape, and the rows, at least as many.
@@ -61,5 +68,5 @@ def choose_call(
         order = sorted(running, key=lambda one: (one.item.calls_left, one.item.deadline))
     shape = order[0].shape
     alike = [one for one in order if one.shape == shape]
-    rows = ladder.choose(len(alike), lambda rung: seconds(shape, rung))
+    rows = ladder.choose(-(-len(alike) // lanes), lambda rung: seconds(shape, rung))
     return alike[:rows], rows

@@ -271,18 +271,22 @@ class WorkQueue:
         if stopped:
             self.fail_waiting()
 
-    def take_ready(self, wait_s: float = 0.0) -> list[WorkItem]:
-        """Take all items that are ready, after waiting at most `wait_s` for one."""
+    def wait(self, seconds: float) -> bool:
+        """Wait until an item is ready, `wake` was called or nothing can come any more; False when the time is over."""
         with self._lock:
-            if wait_s > 0:
-                self._ready_came.wait_for(lambda: self._ready or self._woken or self._over(), timeout=wait_s)
+            came = self._ready_came.wait_for(lambda: self._ready or self._woken or self._over(), timeout=seconds)
             self._woken = False
+            return bool(came)
+
+    def take_ready(self) -> list[WorkItem]:
+        """Take all items that are ready."""
+        with self._lock:
             items = list(self._ready)
             self._ready.clear()
             return items
 
     def wake(self) -> None:
-        """End the wait of who takes ready items, though there may be none."""
+        """End the wait for ready items, though there may be none; where nobody waits, the next one."""
         with self._lock:
             self._woken = True
             self._ready_came.notify()

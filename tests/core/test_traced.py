@@ -1,7 +1,5 @@
 """The trace of a denoiser against the denoiser: equal bits at every shape, and no Python after the first call."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -39,14 +37,6 @@ def test_equal_bits_at_every_shape(config: dict[str, object]) -> None:
             noisy = torch.cat([call[0], call[0][:1]])
             timesteps = torch.cat([call[1], call[1][:1]])
             assert torch.equal(traced(noisy, timesteps, padded), denoiser(noisy, timesteps, padded))
-
-
-@pytest.fixture
-def four_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("four_threads")

@@ -86,6 +86,7 @@ class FakeModel:
     """
 
     checkpoint_hash = "c0ffee"
+    calls_at_once = 1
 
     def __init__(self) -> None:
         self.path = Path("no such checkpoint")
@@ -121,11 +122,7 @@ class FakeModel:
         condition = condition_of_task(request.embeddings)
         return Sample(request, Start(1000), plan, source, condition, noisy, torch.zeros_like(noisy))
 
-    def advance(
-        self, samples: Sequence[Sample], rows: int | None = None, meanwhile: Callable[[], None] | None = None
-    ) -> None:
-        if meanwhile is not None:
-            meanwhile()
+    def advance(self, samples: Sequence[Sample], rows: int | None = None) -> None:
         self.threads.add(threading.current_thread().name)
         if self.lost:
             raise RuntimeError("device lost")

@@ -244,7 +244,7 @@ async def test_a_thread_that_died_is_a_failed_worker(
             raise SystemError("a mistake of ours")
 
         if thread == "model":
-            monkeypatch.setattr(engine._loaded.runner, "step", die)
+            monkeypatch.setattr(engine._loaded.runner, "turn", die)
         else:
             monkeypatch.setattr(engine._loaded.texts, "_embed", die)
         task = asyncio.create_task(engine.generate(job("apple", "bus")))

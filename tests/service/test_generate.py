@@ -111,9 +111,9 @@ def test_known_prompts_are_not_encoded_again(live: Live, model: FakeModel) -> No
     ]
 
 
-def test_model_runs_on_its_own_thread(live: Live, model: FakeModel) -> None:
+def test_the_network_runs_on_a_thread_of_its_own(live: Live, model: FakeModel) -> None:
     live.generate("apple", "bus")
-    assert model.threads == {"t2w-model"}
+    assert model.threads == {"t2w-lane-0"}
 
 
 def test_docs(live: Live) -> None:

@@ -129,8 +129,8 @@ def one(left: int, *, last_turn: int = 0, capacity: int = 8, guided: bool = Fals
     return Running(item, cast("Any", SimpleNamespace(condition=SimpleNamespace(mask=mask))), last_turn)
 
 
-def choose(running: list[Running], turn: int = 1, most: int = 4) -> list[Running]:
-    return choose_call(running, turn, Ladder(most), lambda _, rows: on_a_processor(rows))[0]
+def choose(running: list[Running], turn: int = 1, most: int = 4, lanes: int = 1) -> list[Running]:
+    return choose_call(running, turn, Ladder(most), lambda _, rows: on_a_processor(rows), lanes)[0]
 
 
 def test_the_fewest_calls_left_go_first_and_the_earliest_deadline_among_equals() -> None:
@@ -142,6 +142,13 @@ def test_the_fewest_calls_left_go_first_and_the_earliest_deadline_among_equals()
 def test_only_what_has_one_shape_shares_a_call() -> None:
     running = [one(1), one(2, capacity=16), one(3), one(4, guided=True)]
     assert choose(running) == [running[0], running[2]]
+
+
+def test_lanes_that_are_free_share_what_waits() -> None:
+    running = [one(1) for _ in range(8)]
+    assert len(choose(running, most=8, lanes=1)) == 8
+    assert len(choose(running, most=8, lanes=2)) == 4
+    assert len(choose(running[:1], most=8, lanes=2)) == 1
 
 
 @given(longs=st.lists(st.tuples(st.integers(2, 500), st.sampled_from([8, 16])), min_size=1, max_size=12))

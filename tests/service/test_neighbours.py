@@ -41,12 +41,23 @@ Asked = tuple[int, tuple[str, int], int, list[str], float, float | None, Enhance
 GIVEN = permute_units(TINY_SPEC, tiny_space().anchor + 0.1, torch.tensor([2, 0, 1]))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    """So that two calls are made at once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @contextmanager
 def engine_around(generator: Generator) -> Iterator[tuple[asyncio.Runner, Engine]]:
     """An engine that many examples ask, and the event loop it belongs to."""
     with asyncio.Runner() as runner:
         context = running(lambda _: generator, max_batch_size=ROWS, head_cache_mb=0)
         engine = runner.run(context.__aenter__())
+        assert engine._loaded is not None
+        assert engine._loaded.runner.lanes == 2
         yield runner, engine
         runner.run(context.__aexit__(None, None, None))
 
@@ -67,7 +78,7 @@ def served(generator: Generator) -> Iterator[tuple[asyncio.Runner, Engine]]:
 
 
 def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
-    """The head without any engine, in calls of a fixed size."""
+    """The head without any engine, in calls of a fixed size, each on as many threads as an engine's."""
     embeddings = encode_texts(generator.text_encoder, generator.prompts(asked.classes))
     sampler, steps = generator.resolve_sampling(asked.sampler, asked.steps)
     request = GenerationRequest(
@@ -82,8 +93,11 @@ def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
         asked.method,
     )
     sample = generator.begin(request)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads // generator.calls_at_once)
     while not sample.done:
         generator.advance([sample], rows)
+    torch.set_num_threads(threads)
     return generator.finish(sample)
 
 
