@@ -36,7 +36,7 @@ def test_heldout_is_small_with_classes_and_pairs_held_out_and_what_serves_them()
     assert (heldout.zoo.held_out_classes, heldout.zoo.held_out_pairs) == (0.2, 0.05)
     assert heldout.zoo == small.zoo.model_copy(update={"held_out_classes": 0.2, "held_out_pairs": 0.05})
     assert heldout.fit == small.fit.model_copy(update={"class_mixing": 1.0})
-    assert heldout.outside == OutsideSettings(reach=0.5, temperature=0.1)
+    assert heldout.outside == OutsideSettings(reach=0.5, temperature=0.05)
     rest = {"zoo": small.zoo, "fit": small.fit, "outside": None, "suites": small.suites}
     assert heldout.model_copy(update=rest) == small
 
@@ -78,11 +78,13 @@ def test_the_results_pages_commands_derive_the_presets_that_they_use(tmp_path: P
         fit, denoiser = derived[name].fit, derived[name].denoiser
         assert (fit.symmetry_weight, fit.task_weight, denoiser.tokens, denoiser.class_path) == (weight, 0, "chunk", 0)
         assert (derived[name].scaling, derived[name].zoo) == ("min_max", derived["stopped.yaml"].zoo)
+    before = OutsideSettings(reach=0.5, temperature=0.1)
     ablation = changed(heldout.suites.ablation, minutes=15, seeds=1, tasks=100)
     assert derived["scale.yaml"] == changed(
         heldout,
         zoo=changed(heldout.zoo, tasks=12000),
         suites=changed(heldout.suites, ablation=ablation, accuracy=changed(heldout.suites.accuracy, tasks=100)),
+        outside=before,
     )
     paper = load_preset("paper")
     assert derived["narrow.yaml"] == changed(
@@ -97,6 +99,7 @@ def test_the_results_pages_commands_derive_the_presets_that_they_use(tmp_path: P
         zoo=changed(heldout.zoo, **zoo),
         evaluation=changed(heldout.evaluation, tasks=192),
         suites=changed(heldout.suites, accuracy=accuracy),
+        outside=before,
     )
 
 
