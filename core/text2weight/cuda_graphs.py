@@ -46,7 +46,8 @@ class GraphedDenoiser:
     def __call__(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions."""
         inputs = flatten_call(noisy, timesteps, condition)
-        with self._lock:
+        # Streams are made on the thread's current device, which need not be the denoiser's.
+        with self._lock, torch.cuda.device(noisy.device):
             return self._replay(inputs)
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
