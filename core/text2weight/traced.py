@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from text2weight.condition import Condition, GivenHeads
+from text2weight.thread_team import ThreadTeam
 
 # A part of fewer rows takes nearly as long as one of so many.
 ROWS_OF_A_PART = 4
@@ -57,8 +59,7 @@ class TracedDenoiser:
         share = threads // parts
         helpers = self._own.by_share.get((parts, share))
         if helpers is None:
-            helpers = ThreadPoolExecutor(parts, "t2w-part", torch.set_num_threads, (share,))
-            self._own.by_share[parts, share] = helpers
+            helpers = self._own.by_share[parts, share] = ThreadTeam("t2w-part", parts, share)
         inference = torch.is_inference_mode_enabled()
 
         def run(part: tuple[Tensor, ...]) -> Tensor:
@@ -67,11 +68,8 @@ class TracedDenoiser:
             return output
 
         rows = zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)
-        try:
-            outputs = [helpers.submit(run, part) for part in rows]
-            wait(outputs)
-        finally:
-            torch.set_num_threads(threads)  # what a helper sets at its start is also what new threads begin with
+        outputs = [helpers.submit(partial(run, part)) for part in rows]
+        wait(outputs)
         return torch.cat([output.result() for output in outputs])  # (R, P)
 
     def _trace(self, inputs: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
@@ -89,7 +87,7 @@ class _Helpers(threading.local):
     """Threads that each make a part of a call; each calling thread has its own."""
 
     def __init__(self) -> None:
-        self.by_share: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by number of parts and each one's threads
+        self.by_share: dict[tuple[int, int], ThreadTeam] = {}  # by number of parts and each one's threads
 
 
 def count_parts(rows: int, threads: int) -> int:

@@ -24,7 +24,7 @@ from text2weight.descriptions import ConditionText
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
 from text2weight_service.call_watch import CallWatch
-from text2weight_service.ladder import Ladder, Shape, StepTimes, is_out_of_memory
+from text2weight_service.ladder import CALLS_TO_RECOVER, Ladder, Shape, StepTimes, is_out_of_memory
 from text2weight_service.lanes import Lanes
 from text2weight_service.metrics import Metrics
 from text2weight_service.model import Model
@@ -50,12 +50,30 @@ class SelfCheckError(Exception):
     """The device computes something else than it did at start."""
 
 
+@dataclass
+class _Tally:
+    """Of a call's members, and of the parts that it was made again in: how many there are, and failed for good."""
+
+    members: int
+    failed: int = 0
+
+
 @dataclass(frozen=True)
 class _Call:
-    """A denoiser call under way; its seconds or its error come in `ended`."""
+    """A denoiser call under way; its seconds or its error come in `ended`.
+
+    Attributes:
+        members: the running items that it moves on.
+        rows: its size.
+        tally: of the members, and of those of the call that it is a part of.
+        beside: whether another call may have been made at the same time.
+        ended: done when it is over.
+    """
 
     members: Sequence[Running]
     rows: int
+    tally: _Tally
+    beside: bool
     ended: Future[float]
 
 
@@ -82,8 +100,9 @@ class BatchRunner:
         self._metrics = metrics
         self._turn = 0
         self._lanes = Lanes(model.calls_at_once, self.watch, on_call_end)
+        self._alone_for = 0  # so many more calls are made one at a time, after memory did not suffice for two
         self._calls: list[_Call] = []
-        self._again: deque[Sequence[Running]] = deque()  # parts of calls that failed, each a call of its own
+        self._again: deque[tuple[Sequence[Running], _Tally]] = deque()  # parts of calls that failed
         self._request: GenerationRequest | None = None
         self._expected: Tensor | None = None
         metrics.ladder_rows.set(self.ladder.most)
@@ -136,6 +155,7 @@ class BatchRunner:
             SelfCheckError: the numbers are others than at start.
             Exception: whatever the model raises.
         """
+        self._settle()
         self._request = self._check_request()
         with self.watch:
             sample = self._model.begin(self._request)
@@ -159,17 +179,20 @@ class BatchRunner:
         return self._lanes.count
 
     @property
+    def _at_once(self) -> int:
+        return 1 if self._alone_for else self._lanes.count
+
+    @property
     def can_go_on(self) -> bool:
         """Whether `turn` has something to do without new items."""
         if any(call.ended.done() for call in self._calls):
             return True
-        waiting = self._again or any(not one.taken for one in self.running)
-        return bool(waiting) and len(self._calls) < self._lanes.count
+        return not self.full and any(not one.taken for one in self.running)
 
     @property
     def full(self) -> bool:
         """Whether new items can only wait for a call to end."""
-        return len(self._calls) == self._lanes.count
+        return len(self._calls) >= self._at_once
 
     def wait(self) -> None:
         """Wait until a call has ended, where one is under way."""
@@ -178,8 +201,8 @@ class BatchRunner:
     def turn(self, items: Sequence[WorkItem]) -> bool:
         """Take calls back that have ended, finish what is done, begin items, and make as many calls as can be made.
 
-        Calls come first wherever they can, so that they compute while the rest is done. Who has left or is late takes
-        part in none.
+        Calls come first, so that they compute while the rest is done: an item may miss the first that is made after it
+        came. Who has left or is late takes part in none.
 
         Returns:
             False when the model failed on all of a call's members, on all items to begin or on all to finish, for a
@@ -222,20 +245,32 @@ class BatchRunner:
     def _make_calls(self) -> None:
         """Make calls until all lanes are busy or nothing waits for one."""
         while not self.full:
-            if self._again:
-                members = self._again.popleft()
-                rows = self.ladder.at_least(len(members))
-            else:
-                waiting = [one for one in self.running if not (one.taken or one.sample.done)]
-                if not waiting:
-                    return
-                free = self._lanes.count - len(self._calls)
-                members, rows = choose_call(waiting, self._turn + 1, self.ladder, self.times.seconds, free)
-            self._turn += 1
+            chosen = self._part_again() or self._choose()
+            if chosen is None:
+                return
+            members, rows, tally = chosen
             for one in members:
-                one.taken, one.last_turn = True, self._turn
+                one.taken, one.set_aside, one.last_turn = True, False, self._turn
             samples = [one.sample for one in members]
-            self._calls.append(_Call(members, rows, self._lanes.submit(partial(self._model.advance, samples, rows))))
+            ended = self._lanes.submit(partial(self._model.advance, samples, rows))
+            self._calls.append(_Call(members, rows, tally, self._at_once > 1, ended))
+
+    def _part_again(self) -> tuple[Sequence[Running], int, _Tally] | None:
+        """A part of a call that failed, without those that were dropped in the meantime."""
+        while self._again:
+            part, tally = self._again.popleft()
+            if members := [one for one in part if one in self.running]:
+                return members, self.ladder.at_least(len(members)), tally
+        return None
+
+    def _choose(self) -> tuple[Sequence[Running], int, _Tally] | None:
+        waiting = [one for one in self.running if not (one.taken or one.set_aside or one.sample.done)]
+        if not waiting:
+            return None
+        self._turn += 1
+        free = self._at_once - len(self._calls)
+        members, rows = choose_call(waiting, self._turn, self.ladder, self.times.seconds, free)
+        return members, rows, _Tally(len(members))
 
     def _take_back(self) -> bool:
         """Take in what has become of the calls that ended; returns False when the model failed on all of one."""
@@ -246,12 +281,12 @@ class BatchRunner:
                 one.taken = False
             error = call.ended.exception()
             if error is None:
-                failed = self._moved(call.members, call.rows, call.ended.result())
+                call.tally.failed += self._moved(call.members, call.rows, call.ended.result())
             elif isinstance(error, Exception):
-                failed = self._recover(call.members, call.rows, error)
+                call.tally.failed += self._recover(call, error)
             else:
                 raise error
-            fine = fine and failed < len(call.members)
+            fine = fine and call.tally.failed < call.tally.members
         return fine
 
     def _moved(self, members: Sequence[Running], rows: int, spent: float) -> int:
@@ -261,26 +296,35 @@ class BatchRunner:
         self._metrics.batch_size.observe(len(members))
         self._metrics.padding_rows.inc(rows - len(members))
         self.ladder.succeeded()
+        self._alone_for = max(self._alone_for - 1, 0)
         self._metrics.ladder_rows.set(self.ladder.most)
         for one in members:
             one.item.calls_left = len(one.sample.plan) - one.sample.calls
         return sum(self._report(one) for one in members)
 
-    def _recover(self, members: Sequence[Running], rows: int, error: Exception) -> int:
+    def _recover(self, call: _Call, error: Exception) -> int:
         """Have the members of a call that failed make smaller ones; returns how many the model failed on for good."""
         self._metrics.batch_failures.inc()
-        if is_out_of_memory(error) and rows > 1:
-            self._shrink(rows)
+        members = call.members
+        if is_out_of_memory(error) and (call.rows > 1 or call.beside):
+            if call.rows > 1:
+                self._shrink(call.rows)
+            else:
+                self._alone_for = CALLS_TO_RECOVER
+                log.warning("out of memory, making one call at a time")
             return 0  # no sample has moved: they are members of later calls
         if len(members) == 1:
             return self._fail(members[0], error)
         log.warning("denoiser call failed, halving it", members=len(members), error=repr(error))
         half = len(members) // 2
-        for part in (members[:half], members[half:]):
-            self._again.append(part)
-            for one in part:
-                one.taken = True
+        for one in members:
+            one.set_aside = True
+        self._again += [(members[:half], call.tally), (members[half:], call.tally)]
         return 0
+
+    def _settle(self) -> None:
+        """Wait until no call is under way. What has become of them is taken in later."""
+        wait([call.ended for call in self._calls])
 
     def _shrink(self, rows: int) -> None:
         """A call of so many rows was too large for the memory: make smaller ones, and give back what is cached."""
@@ -300,6 +344,7 @@ class BatchRunner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+        self._settle()  # a call under way may have the memory
         _give_memory_back()
         with self.watch:
             result = call()

@@ -354,13 +354,19 @@ class Engine:
         except Exception as error:  # whatever is wrong with a checkpoint, the worker must report it and not hang
             self._fail(error)
             return
-        runner, texts = loaded.runner, loaded.texts
+        try:
+            self._serve(loaded.runner, loaded.texts)
+        finally:
+            loaded.runner.close()
+
+    def _serve(self, runner: BatchRunner, texts: TextStage) -> None:
+        """Answer requests until the queue is over or the model fails."""
         freed = FreedMemory()
         while self.failure is None:
             freed.give_back()
             over = self._queue.over
             if over and not runner.running:
-                break
+                return
             if runner.full or (over and not runner.can_go_on):
                 runner.wait()
             quiet = not runner.can_go_on and not self._queue.wait(self.settings.self_check_s)
@@ -368,7 +374,6 @@ class Engine:
             if (quiet and not runner.running) or not fine or texts.in_doubt or self._in_doubt:
                 texts.in_doubt = self._in_doubt = False
                 self._check_model(runner)
-        runner.close()
 
     def _prepare(self) -> _Loaded:
         started_at = time.monotonic()

@@ -127,7 +127,8 @@ class Ladder:
 
     def shrink(self, rows: int) -> None:
         """A call of so many rows ran out of memory: make none larger than half of it for a while."""
-        self.most = max(rung for rung in self.rungs if rung <= max(rows // 2, 1))
+        smaller = max(rung for rung in self.rungs if rung <= max(rows // 2, 1))
+        self.most = min(self.most, smaller)  # a call that began before an earlier failure may have been larger
         self._calls = 0
 
     def succeeded(self) -> None:

@@ -2,8 +2,7 @@
 
 Fewest calls left first: a request with one call never waits for the many calls of another, and the mean waiting time
 is the least there is. Alone that would starve long requests while short ones keep coming, so every fourth call
-belongs to whoever has waited longest for one. With n samples running each makes a call at least every 4 n calls,
-whatever comes.
+belongs to whoever has waited longest for one. With n samples running each waits for at most 4 n calls, whatever comes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ class Running:
         item: what is computed, and for whom.
         sample: how far it is.
         last_turn: number of the call that it last took part in, or before which it was admitted.
-        taken: whether a call has it, or is going to: nothing else may touch the sample.
+        taken: whether a call has it: nothing else may touch the sample.
+        set_aside: whether it is to make its next call with others that were in one that failed.
         begun_at: `time.monotonic()` of its admission.
     """
 
@@ -35,6 +35,7 @@ class Running:
     sample: Sample
     last_turn: int
     taken: bool = False
+    set_aside: bool = False
     begun_at: float = field(default_factory=time.monotonic)
 
     @property

@@ -95,9 +95,11 @@ def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
     sample = generator.begin(request)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads // generator.calls_at_once)
-    while not sample.done:
-        generator.advance([sample], rows)
-    torch.set_num_threads(threads)
+    try:
+        while not sample.done:
+            generator.advance([sample], rows)
+    finally:
+        torch.set_num_threads(threads)
     return generator.finish(sample)
 
 
