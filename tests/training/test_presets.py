@@ -86,6 +86,10 @@ def test_the_results_pages_commands_derive_the_presets_that_they_use(tmp_path: P
         suites=changed(heldout.suites, ablation=ablation, accuracy=changed(heldout.suites.accuracy, tasks=100)),
         outside=before,
     )
+    regularised = {"label_smoothing": 0.1, "feature_dropout": 0.1}
+    for recipe in ("universal", "heads"):
+        assert getattr(derived["grow.yaml"].zoo, recipe) == changed(getattr(heldout.zoo, recipe), **regularised)
+    assert derived["grow.yaml"].outside == heldout.outside
     paper = load_preset("paper")
     assert derived["narrow.yaml"] == changed(
         paper,
