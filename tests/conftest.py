@@ -29,10 +29,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def four_threads() -> Iterator[None]:
-    """Have torch compute on four threads, however many processors there are."""
-    import torch
+    """Have torch compute on four threads."""
+    from tests.torch_threads import torch_threads
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(4):
+        yield

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -48,7 +49,7 @@ class ThreadTeam:
             for thread in self._threads:
                 thread.start()
             started.wait()
-            _in_new_thread(lambda: torch.set_num_threads(for_new))
+            _in_new_thread(partial(torch.set_num_threads, for_new))
         self._end = weakref.finalize(self, _end, self._calls, count)
 
     def submit(self, call: Callable[[], Result]) -> Future[Result]:
@@ -86,8 +87,5 @@ def _end(calls: _Calls, count: int) -> None:
 
 
 def _in_new_thread(call: Callable[[], Result]) -> Result:
-    future: Future[Result] = Future()
-    thread = threading.Thread(target=lambda: future.set_result(call()))
-    thread.start()
-    thread.join()
-    return future.result()
+    with ThreadPoolExecutor(1) as fresh:
+        return fresh.submit(call).result()

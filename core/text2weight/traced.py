@@ -38,7 +38,7 @@ class TracedDenoiser:
         self._call = _Call(denoiser)
         self._traces: dict[int, torch.jit.ScriptModule] = {}  # by number of inputs: with given heads or without
         self._recording = threading.Lock()
-        self._own = _Helpers()
+        self._helpers = _Helpers()
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The denoiser's output (R, P) for noisy (R, P), timesteps (R,) and R conditions.
@@ -57,9 +57,9 @@ class TracedDenoiser:
     def _in_parts(self, trace: torch.jit.ScriptModule, inputs: tuple[Tensor, ...], parts: int, threads: int) -> Tensor:
         """Call a trace for equal parts of the rows at once, with equal shares of the threads."""
         share = threads // parts
-        helpers = self._own.by_share.get((parts, share))
-        if helpers is None:
-            helpers = self._own.by_share[parts, share] = ThreadTeam("t2w-part", parts, share)
+        team = self._helpers.by_share.get((parts, share))
+        if team is None:
+            team = self._helpers.by_share[parts, share] = ThreadTeam("t2w-part", parts, share)
         inference = torch.is_inference_mode_enabled()
 
         def run(part: tuple[Tensor, ...]) -> Tensor:
@@ -68,7 +68,7 @@ class TracedDenoiser:
             return output
 
         rows = zip(*(tensor.chunk(parts) for tensor in inputs), strict=True)
-        outputs = [helpers.submit(partial(run, part)) for part in rows]
+        outputs = [team.submit(partial(run, part)) for part in rows]
         wait(outputs)
         return torch.cat([output.result() for output in outputs])  # (R, P)
 

@@ -23,6 +23,7 @@ from text2weight.artifact import HeadArtifact
 from text2weight.descriptions import ConditionText
 from text2weight.errors import InvalidInputError
 from text2weight.generator import GenerationRequest
+from text2weight.sampling import Sample
 from text2weight_service.call_watch import CallWatch
 from text2weight_service.ladder import CALLS_TO_RECOVER, Ladder, Shape, StepTimes, is_out_of_memory
 from text2weight_service.lanes import Lanes
@@ -121,7 +122,7 @@ class BatchRunner:
                     return
                 assert self._request is not None
                 sample = self._model.begin(self._request)
-                spent = self._lanes.submit(partial(self._model.advance, [sample], rows)).result()
+                spent = self._submit([sample], rows).result()
                 if turn > 0:  # the first call of a shape may allocate, choose kernels or record
                     self.times.add(Shape(sample.condition.mask.shape[1], guided=False), rows, spent)
 
@@ -140,7 +141,7 @@ class BatchRunner:
         while True:
             rows = self.ladder.most
             samples = [self._model.begin(request) for _ in range(self._lanes.count)]
-            calls = [self._lanes.submit(partial(self._model.advance, [sample], rows)) for sample in samples]
+            calls = [self._submit([sample], rows) for sample in samples]
             errors = [error for error in (call.exception() for call in calls) if error is not None]
             if not errors:
                 return
@@ -160,7 +161,7 @@ class BatchRunner:
         with self.watch:
             sample = self._model.begin(self._request)
         while not sample.done:
-            spent = self._lanes.submit(partial(self._model.advance, [sample], 1)).result()
+            spent = self._submit([sample], 1).result()
             if self._expected is not None:  # the first calls of all may allocate, choose kernels or record
                 self.times.add(Shape(sample.condition.mask.shape[1], guided=False), 1, spent)
         with self.watch:
@@ -251,9 +252,12 @@ class BatchRunner:
             members, rows, tally = chosen
             for one in members:
                 one.taken, one.set_aside, one.last_turn = True, False, self._turn
-            samples = [one.sample for one in members]
-            ended = self._lanes.submit(partial(self._model.advance, samples, rows))
+            ended = self._submit([one.sample for one in members], rows)
             self._calls.append(_Call(members, rows, tally, self._at_once > 1, ended))
+
+    def _submit(self, samples: Sequence[Sample], rows: int) -> Future[float]:
+        """Make a call on a lane; its seconds or its error come in the future."""
+        return self._lanes.submit(partial(self._model.advance, samples, rows))
 
     def _part_again(self) -> tuple[Sequence[Running], int, _Tally] | None:
         """A part of a call that failed, without those that were dropped in the meantime."""

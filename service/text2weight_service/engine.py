@@ -113,7 +113,7 @@ class Engine:
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] | None = None
         self._load = load
-        self._in_doubt = False  # has the model's thread check the model, once it is woken
+        self._in_doubt = False
         self._drain_ends_at: float | None = None
         self._queue = WorkQueue(settings.queue_size)
         self._loaded: _Loaded | None = None
@@ -309,8 +309,7 @@ class Engine:
         if _SURE * alone_s > left_s:
             self.metrics.refused.labels("deadline").inc()
             if not loaded.runner.running and time.monotonic() - times.measured_at > _STALE_S:
-                self._in_doubt = True
-                self._queue.wake()
+                self._doubt()
             raise HopelessError(f"{work.calls} steps take about {alone_s:.1f} s, {max(left_s, 0):.1f} s are left")
         rows = self._queue.rows_ahead(work.calls) + work.calls * (1 + guided)
         if _SURE * rows * self._row_s(loaded) > left_s:
@@ -341,6 +340,11 @@ class Engine:
         except TimeoutError:
             raise DeadlineError from None
 
+    def _doubt(self) -> None:
+        """Have the model's thread check the model, though it may have nothing else to do; on any thread."""
+        self._in_doubt = True
+        self._queue.wake()
+
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = task_without_budget(work)
         self._background.add(task)
@@ -355,11 +359,11 @@ class Engine:
             self._fail(error)
             return
         try:
-            self._serve(loaded.runner, loaded.texts)
+            self._serve(loaded.runner)
         finally:
             loaded.runner.close()
 
-    def _serve(self, runner: BatchRunner, texts: TextStage) -> None:
+    def _serve(self, runner: BatchRunner) -> None:
         """Answer requests until the queue is over or the model fails."""
         freed = FreedMemory()
         while self.failure is None:
@@ -371,8 +375,8 @@ class Engine:
                 runner.wait()
             quiet = not runner.can_go_on and not self._queue.wait(self.settings.self_check_s)
             fine = runner.turn(self._queue.take_ready())
-            if (quiet and not runner.running) or not fine or texts.in_doubt or self._in_doubt:
-                texts.in_doubt = self._in_doubt = False
+            if (quiet and not runner.running) or not fine or self._in_doubt:
+                self._in_doubt = False
                 self._check_model(runner)
 
     def _prepare(self) -> _Loaded:
@@ -388,7 +392,7 @@ class Engine:
             ttl_s = self.settings.embedding_ttl_s
             shared = SharedEmbeddings(self._redis, encoder.fingerprint, encoder.embedding_dim, ttl_s, self.metrics)
         cache = EmbeddingCache(memory, shared, self.metrics)
-        texts = TextStage(encoder, memory, self._queue, self.metrics)
+        texts = TextStage(encoder, memory, self._queue, self.metrics, self._doubt)
         self._text_thread = threading.Thread(target=texts.run, name="t2w-text", daemon=True)
         self._text_thread.start()
         self._loaded = _Loaded(model, cache, runner, texts)

@@ -65,14 +65,21 @@ def encode_texts(
 class TextStage:
     """Takes items with missing texts from the queue and gives them back with embeddings, some texts at a time."""
 
-    def __init__(self, encoder: TextEncoder, memory: MemoryCache, queue: WorkQueue, metrics: Metrics) -> None:
-        """Encode for a queue; `memory` keeps what was encoded."""
-        self.in_doubt = False  # set when the encoder failed on an item; who checks the model clears it
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        memory: MemoryCache,
+        queue: WorkQueue,
+        metrics: Metrics,
+        on_failure: Callable[[], None],
+    ) -> None:
+        """Encode for a queue; `memory` keeps what was encoded, `on_failure` is told when the encoder failed."""
         self.watch = CallWatch()
         self._encoder = encoder
         self._memory = memory
         self._queue = queue
         self._metrics = metrics
+        self._on_failure = on_failure
 
     def run(self) -> None:
         """Work until the queue is over."""
@@ -94,15 +101,16 @@ class TextStage:
                 self._metrics.batch_failures.inc()
                 log.warning("text encoder failed, retrying item by item", items=len(items), error=repr(error))
         done = []
+        failed = False
         for item in items:
             try:
                 self._encode([item])
                 done.append(item)
             except Exception as error:
                 if not item.abandoned:
-                    self.in_doubt |= fail_item(item, error)
-        if self.in_doubt:
-            self._queue.wake()
+                    failed |= fail_item(item, error)
+        if failed:
+            self._on_failure()
         return done
 
     def _encode(self, items: Sequence[WorkItem]) -> None:

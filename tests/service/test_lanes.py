@@ -87,18 +87,17 @@ async def test_the_model_is_checked_only_when_all_of_a_call_have_failed(
 
 async def test_memory_that_a_neighbour_has_fails_nobody(model: FakeModel) -> None:
     """A call that memory does not suffice for, beside another, is made again when it is alone."""
-    under_way: set[int] = set()
+    under_way: list[int] = []
     started = threading.Event()
 
     def run_out(samples: Sequence[Sample], rows: int) -> None:
-        key = id(samples[0])
         if under_way:
             started.set()
             raise MemoryError
-        under_way.add(key)
+        under_way.append(rows)
         if "large" in samples[0].request.classes and not started.is_set():
             assert started.wait(HELD_S)
-        under_way.discard(key)
+        under_way.clear()
 
     async with running(model) as engine:
         await engine.generate(job("small", "large"))  # texts are known from here on

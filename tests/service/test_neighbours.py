@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.service.engines import job, running
 from tests.tiny import TINY_DIM, TINY_SPEC, save_tiny_checkpoint, tiny_space
+from tests.torch_threads import torch_threads
 from text2weight import GenerationRequest, Generator
 from text2weight.artifact import HeadArtifact, read_head
 from text2weight.checkpoint import bundled_checkpoint, read_config
@@ -44,10 +45,8 @@ GIVEN = permute_units(TINY_SPEC, tiny_space().anchor + 0.1, torch.tensor([2, 0, 
 @pytest.fixture(scope="module", autouse=True)
 def two_threads() -> Iterator[None]:
     """So that two calls are made at once."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(2):
+        yield
 
 
 @contextmanager
@@ -93,13 +92,9 @@ def alone(generator: Generator, asked: Job, rows: int) -> HeadArtifact:
         asked.method,
     )
     sample = generator.begin(request)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads // generator.calls_at_once)
-    try:
+    with torch_threads(torch.get_num_threads() // generator.calls_at_once):
         while not sample.done:
             generator.advance([sample], rows)
-    finally:
-        torch.set_num_threads(threads)
     return generator.finish(sample)
 
 

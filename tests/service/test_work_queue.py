@@ -91,7 +91,7 @@ async def test_what_is_finished_is_answered_though_the_device_is_lost(model: Fak
                 return
             calls.append(len(samples))
             model.wrong = True
-            engine._loaded.texts.in_doubt = True  # type: ignore[union-attr]
+            engine._in_doubt = True
 
         model.gate.clear()
         long = asyncio.create_task(engine.generate(job("cat", "tram", steps=500)))
