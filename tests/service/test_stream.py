@@ -41,9 +41,9 @@ class ScriptedEngine(Engine):
         self.calls = 0
 
     async def stream(self, job: Job, heads_every: int) -> AsyncGenerator[Progress | Generated]:
-        result = await self.generate(job)
         steps = job.steps or 1
         try:
+            result = await self.generate(job)  # where a client may go, too
             for step in range(1, steps + 1):
                 while not self.allowed.acquire(blocking=False):  # noqa: ASYNC110 - the test is on another thread
                     await asyncio.sleep(0.002)
