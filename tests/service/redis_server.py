@@ -1,5 +1,6 @@
 """A redis-server process for tests that kill, pause, restart and fill it."""
 
+import math
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from tests.patience import HELD_S
 from tests.service.live import wait_for
 
 needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
@@ -78,36 +80,70 @@ class RedisServer:
                 return False
 
 
-class SlowRedis:
-    """Stands between a worker and a server, holds every answer back for `delay_s` and counts those in `delayed`.
-
-    None is held any longer once `let_go` is set.
-    """
+class HeldRedis:
+    """Stands between a worker and a server. From `hold` to `let_go`, only answers that were `let_through` pass."""
 
     def __init__(self, port: int) -> None:
-        self.delay_s = 0.0
-        self.delayed = 0
-        self.let_go = threading.Event()
+        self.waiting = 0  # answers that are held back now
+        self.passed = 0  # those that passed since `hold`
+        self._allowed = math.inf
+        self._asking: set[socket.socket] = set()  # the workers' ends of connections that are due an answer
+        self._changed = threading.Condition()
         self._port = port
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self.listener.getsockname()[1]}/0"
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def is_quiet(self) -> bool:
+        """Whether every question has its answer."""
+        return not self._asking
+
+    def hold(self) -> None:
+        with self._changed:
+            self.passed, self._allowed = 0, 0
+
+    def holds(self, number: int) -> bool:
+        """Whether it is the answer of this number since `hold`, from 0, that waits, and no other."""
+        return (self.passed, self.waiting) == (number, 1)
+
+    def let_through(self, count: int) -> None:
+        """Let so many more answers pass."""
+        with self._changed:
+            self._allowed += count
+            self._changed.notify_all()
+
+    def let_go(self) -> None:
+        with self._changed:
+            self._allowed = math.inf
+            self._changed.notify_all()
 
     def _accept(self) -> None:
         with suppress(OSError):  # the listener is closed
             while True:
                 worker, _ = self.listener.accept()
                 redis = socket.create_connection(("127.0.0.1", self._port))
-                for source, sink, is_answer in ((worker, redis, False), (redis, worker, True)):
-                    threading.Thread(target=self._pump, args=(source, sink, is_answer), daemon=True).start()
+                for pump in (self._pass_questions, self._pass_answers):
+                    threading.Thread(target=pump, args=(worker, redis), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
-        with suppress(OSError), source, sink:
-            while data := source.recv(65536):
-                if is_answer and self.delay_s:
-                    self.let_go.wait(self.delay_s)
-                    self.delayed += 1
-                sink.sendall(data)
+    def _pass_questions(self, worker: socket.socket, redis: socket.socket) -> None:
+        with suppress(OSError), worker, redis:
+            while data := worker.recv(65536):
+                self._asking.add(worker)
+                redis.sendall(data)
+
+    def _pass_answers(self, worker: socket.socket, redis: socket.socket) -> None:
+        with suppress(OSError), worker, redis:
+            while data := redis.recv(65536):
+                self._await_passage()
+                self._asking.discard(worker)
+                worker.sendall(data)
+
+    def _await_passage(self) -> None:
+        with self._changed:
+            self.waiting += 1
+            self._changed.wait_for(lambda: self.passed < self._allowed, HELD_S)
+            self.waiting -= 1
+            self.passed += 1
 
 
 @contextmanager

@@ -37,7 +37,8 @@ def kept() -> Iterator[list[bytes]]:
     before = resident()
     with ThreadPoolExecutor(1) as thread:
         kept = thread.submit(leave_holes).result()
-        assert resident() - before > FREED, "the C library gave it back by itself: this proves nothing"
+        # Half, as an arena that another test's thread has left may still hold tens of megabytes at its top.
+        assert resident() - before > FREED / 2, "the C library gave it back by itself: this proves nothing"
         yield kept
 
 

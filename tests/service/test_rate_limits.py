@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 from tests.patience import HELD_S, PATIENCE_S
 from tests.service.fakes import FakeModel
 from tests.service.live import Live, serve, wait_for
-from tests.service.redis_server import RedisServer, SlowRedis, needs_redis, redis_server
+from tests.service.redis_server import HeldRedis, RedisServer, needs_redis, redis_server
 from tests.service.test_auth import ALICE, ALICE_ENTRY, BOB, BOB_ENTRY, bearer
 from tests.service.test_bad_input import assert_problem
 from text2weight_service import access, redis_store
@@ -181,10 +182,11 @@ def test_requests_with_a_broken_redis(
 
 
 @pytest.fixture
-def slow(server: RedisServer) -> Iterator[SlowRedis]:
-    between = SlowRedis(server.port)
+def held(server: RedisServer) -> Iterator[HeldRedis]:
+    between = HeldRedis(server.port)
     with closing(between.listener):
         yield between
+        between.let_go()
 
 
 def asked(server: RedisServer) -> dict[str, int]:
@@ -196,42 +198,45 @@ def asked(server: RedisServer) -> dict[str, int]:
 
 
 @needs_redis
-def test_requests_with_a_slow_redis(server: RedisServer, slow: SlowRedis, model: FakeModel) -> None:
-    """A request waits for Redis four times, for its place, its rate, its head and its embeddings, and no more."""
-    delay_s = 1.0  # what is written after the answer is held as long, and must not be counted
-    settings = LIMITED | {"redis_url": slow.url, "redis_timeout_s": PATIENCE_S}
-    with serve(lambda _: model, **settings) as live:
+def test_a_request_waits_for_four_answers(server: RedisServer, held: HeldRedis, model: FakeModel) -> None:
+    """For its place, its rate, its head and its embeddings, one after the other, and for nothing that it writes."""
+    settings = LIMITED | {"redis_url": held.url, "redis_timeout_s": PATIENCE_S}
+    with serve(lambda _: model, **settings) as live, ThreadPoolExecutor(1) as thread:
         assert live.generate("apple", "bus", seed=1).status_code == 200  # connects
-        wait_for(lambda: server.keys() == 4, "the head, its embeddings and the count in Redis, and no place")
-        slow.delay_s, slow.delayed = delay_s, 0
-        started_at = time.monotonic()
-        assert live.generate("tram", "pear", seed=1).status_code == 200
-        assert slow.delayed == 4
-        assert time.monotonic() - started_at >= 4 * delay_s
-        slow.delay_s = 0
+        wait_for(lambda: server.keys() == 4 and held.is_quiet(), "the head, its embeddings and the count, and no place")
+        held.hold()
+        answer = thread.submit(live.generate, "tram", "pear", seed=1)
+        for number in range(4):
+            wait_for(partial(held.holds, number), f"answer {number}")
+            time.sleep(0.1)  # in which a request that does not wait would end
+            assert not answer.done()
+            held.let_through(1)
+        assert answer.result(PATIENCE_S).status_code == 200
+        assert held.passed == 4
+        held.let_go()
         assert breakers(live) == [BreakerState.CLOSED] * 4
 
 
 @needs_redis
 def test_a_request_has_one_budget(
-    server: RedisServer, slow: SlowRedis, model: FakeModel, monkeypatch: pytest.MonkeyPatch
+    server: RedisServer, held: HeldRedis, model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the first call takes all of it, the request makes no other; and that is no failure of Redis."""
-    settings = LIMITED | {"redis_url": slow.url, "redis_timeout_s": PATIENCE_S}
+    settings = LIMITED | {"redis_url": held.url, "redis_timeout_s": PATIENCE_S}
     with serve(lambda _: model, **settings) as live:
         assert live.generate("apple", "bus", seed=1).status_code == 200  # connects
-        wait_for(lambda: server.keys() == 4, "the head, its embeddings and the count in Redis, and no place")
+        wait_for(lambda: server.keys() == 4 and held.is_quiet(), "the head, its embeddings and the count, and no place")
         # Of the request alone: its calls go on, and a breaker would open only after the patient time.
         monkeypatch.setattr(access, "request_budget", lambda _: request_budget(0.2))
         with server.connected() as client:
             client.config_resetstat()
-        slow.delay_s = HELD_S
+        held.hold()
         try:
             assert live.generate("tram", "pear", seed=1).status_code == 200
             assert asked(server) == {"evalsha": 1}
             assert breakers(live) == [BreakerState.CLOSED] * 4
         finally:
-            slow.let_go.set()
+            held.let_go()
 
 
 def breakers(live: Live) -> list[BreakerState]:
