@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,9 @@ from text2weight_training.files import TrainingDataError
 Shared = TypeVar("Shared")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+_ANSWERS_WITHIN_S = 10.0  # a cluster's first machine
+_QUIET = {"logging_level": "ERROR", "log_to_driver": False}
 
 
 def run_jobs(
@@ -33,7 +37,8 @@ def run_jobs(
         workers: jobs at a time.
 
     Raises:
-        TrainingDataError: Ray is not installed, a worker dies again and again, or a job raises it.
+        TrainingDataError: Ray is not installed, no cluster answers at RAY_ADDRESS or none of its machines has enough
+            cores for a worker, a worker dies again and again, or a job raises it.
     """
     if workers == 1:
         for job in jobs:
@@ -52,8 +57,8 @@ def _run_on_ray(
             f"{workers} workers need Ray: install text2weight[distributed], or work with one"
         ) from error
     threads = torch.get_num_threads()
-    _start(ray, workers, threads)
     try:
+        _start(ray, workers, threads)
         task: Any = ray.remote(_on_worker).options(num_cpus=threads, max_retries=3)
         sent = ray.put((work, shared))
         waiting = list(reversed(jobs))
@@ -70,9 +75,8 @@ def _run_on_ray(
 
 
 def _start(ray: Any, workers: int, threads: int) -> None:
-    quiet = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        _join_cluster(ray, os.environ["RAY_ADDRESS"], threads)
         return
     cores = os.cpu_count() or 1
     if workers * threads > max(cores, workers):
@@ -81,7 +85,27 @@ def _start(ray: Any, workers: int, threads: int) -> None:
             f"{max(1, cores // workers)} to be faster",
             stacklevel=2,
         )
-    ray.init(num_cpus=workers * threads, num_gpus=0, **quiet)
+    ray.init(num_cpus=workers * threads, num_gpus=0, include_dashboard=False, **_QUIET)
+
+
+def _join_cluster(ray: Any, address: str, threads: int) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray itself would try for minutes. Other addresses, "auto" and those of its client, fail at once.
+        if host and port.isdigit() and "/" not in host:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWERS_WITHIN_S).close()
+        ray.init(address=address, **_QUIET)
+    except (OSError, ValueError) as error:
+        raise TrainingDataError(
+            f"no Ray cluster answers at RAY_ADDRESS {address!r} ({error}): start one with `ray start --head`, set "
+            "RAY_AUTH_MODE=token if it asks for a token, or unset RAY_ADDRESS to work on this machine alone"
+        ) from error
+    most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
+    if most < threads:  # Ray would wait for such a machine for ever
+        raise TrainingDataError(
+            f"a worker takes {threads} cores, and no machine of the Ray cluster {address} has more than {most}: set "
+            f"OMP_NUM_THREADS to at most {most}"
+        )
 
 
 def _on_worker(sent: tuple[Callable[[Shared, Job], Result], Shared], job: Job, threads: int) -> Result:
